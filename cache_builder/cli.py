@@ -1,0 +1,199 @@
+"""`build-cache` and `cache-tools`: make teacher caches and look after them.
+
+Imports are inside the commands, so that `--help` needs neither torch nor zarr.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shared.console import Command, Group, bytes_text, configure_logging
+
+if TYPE_CHECKING:
+    from cache_builder.estimate import Estimate
+    from cache_builder.summary import Summary
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(cls=Command, name="build-cache")
+@click.option("--spec", required=True, type=_FILE, help="What to store: a YAML as in cache_specs/.")
+@click.option("--teacher", required=True, help="MobileVLM V2 folder or Hugging Face hub id.")
+@click.option("--vision-tower", help="CLIP folder or hub id.  [default: the teacher's config says]")
+@click.option(
+    "--data", required=True, multiple=True,
+    help="Tars: a path, a brace range ('t-{000..099}.tar') or a glob, in quotes. Repeatable.",
+)  # fmt: skip
+@click.option("--out", required=True, type=_FOLDER, help="The cache. Run again to continue it.")
+@click.option("--device", help="cpu, cuda, cuda:1, ....  [default: cuda if there is one]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="The teacher's number format; part of the cache's identity.  "
+    "[default: bfloat16 on CUDA, float32 on CPU]",
+)  # fmt: skip
+@click.option(
+    "--batch-size", default=16, show_default=True, type=click.IntRange(min=1),
+    help="Samples per forward pass; changes speed and memory, not content.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Log a line per shard to stderr.")
+def build_cache(
+    spec: Path, teacher: str, vision_tower: str | None, data: tuple[str, ...], out: Path,
+    device: str | None, dtype: str | None, batch_size: int, dry_run: bool, as_json: bool,
+    verbose: bool,
+) -> None:  # fmt: skip
+    """Run a teacher once over tars and store what Align-KD needs of it.
+
+    One shard per tar, committed as a whole: kill it at any moment and run the same command again to
+    continue. Several runs may build into one folder.
+    """
+    configure_logging(verbose)
+    from shared.samples import expand_tars
+    from shared.spec import CacheSpec
+
+    loaded_spec, tars = CacheSpec.load(spec), expand_tars(data)
+    if dry_run:
+        _dry_run(loaded_spec, teacher, vision_tower, tars, as_json)
+        return
+    from cache_builder import build
+    from cache_builder.setup import load_builder
+
+    builder = load_builder(
+        loaded_spec, teacher, vision_tower=vision_tower, device=device, dtype=dtype,
+        batch_size=batch_size,
+    )  # fmt: skip
+    report = build.build_cache(builder, tars, out)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        click.echo(
+            f"{out}: {report.built} shards built, {report.present} were there; "
+            f"{report.samples} samples stored, {report.skipped} skipped "
+            f"(see cache-tools info {out})"
+        )
+
+
+@click.group(cls=Group, name="cache-tools")
+def cache_tools() -> None:
+    """Pack data sets into tars and look into caches."""
+
+
+@cache_tools.command(cls=Command)
+@click.option("--annotations", required=True, type=_FILE, help="LLaVA-format JSON.")
+@click.option("--images", required=True, type=_FOLDER, help="Folder that its image names are in.")
+@click.option("--out", required=True, type=_FOLDER, help="Folder for the tars.")
+@click.option(
+    "--samples-per-tar", default=500, show_default=True, type=click.IntRange(min=1),
+    help="Samples per tar, and so per shard: the unit of resuming. Conversations about one image "
+    "stay together, so a tar may hold a few more.",
+)  # fmt: skip
+@click.option("--prefix", default="shard", show_default=True, help="Tars are <prefix>-000000.tar.")
+def pack(annotations: Path, images: Path, out: Path, samples_per_tar: int, prefix: str) -> None:
+    """Pack LLaVA-format JSON and its images into WebDataset tars.
+
+    The same input gives the same bytes.
+    """
+    from cache_builder.pack import pack as pack_tars
+
+    report = pack_tars(
+        annotations, images, out, samples_per_tar=samples_per_tar, prefix=prefix
+    )
+    click.echo(f"{out}: {report.tars} tars, {report.samples} samples, {report.images} images")
+
+
+@cache_tools.command(cls=Command)
+@click.argument("cache", type=_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+def info(cache: Path, as_json: bool) -> None:
+    """Say what CACHE is, how far its build is, what it weighs and what was skipped.
+
+    Reads the shards' records only.
+    """
+    from cache_builder.summary import summarise
+
+    summary = summarise(cache)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(summary), indent=1))
+    else:
+        click.echo("\n".join(_summary_lines(cache, summary)))
+
+
+def _dry_run(
+    spec: "object", teacher: str, vision_tower: str | None, tars: list[Path], as_json: bool
+) -> None:
+    from cache_builder.build import index_tars
+    from cache_builder.estimate import estimate
+    from cache_builder.teacher import check_spec
+    from shared.checkpoint import ModelFolder
+    from shared.mobilevlm import read_config
+    from shared.spec import CacheSpec
+    from shared.tokenizer import load_tokenizer
+
+    assert isinstance(spec, CacheSpec)
+    folder = ModelFolder(teacher)
+    config = read_config(folder, vision_tower)
+    check_spec(spec, config)
+    indexes, _ = index_tars(tars)
+    found = estimate(indexes, spec, config, load_tokenizer(folder.path))
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(found), "size": found.size}, indent=1))
+    else:
+        click.echo("\n".join(_estimate_lines(found, len(indexes))))
+
+
+def _estimate_lines(found: "Estimate", shards: int) -> list[str]:
+    lines = [
+        f"dry run: {found.samples} samples in {shards} tars, {found.examined} of them examined; "
+        f"{len(found.skipped)} of those would be skipped",
+        f"{'signal':<18} {'per':<18} {'each':>10} {'number':>12} {'total':>10}",
+    ]
+    lines += [
+        f"{s.signal:<18} {s.unit:<18} {bytes_text(s.unit_bytes):>10} {s.units:>12.0f} "
+        f"{bytes_text(s.size):>10}"
+        for s in found.signals
+    ]
+    each = found.size / max(1, found.samples)
+    lines.append(
+        f"{'all':<18} {'sample':<18} {bytes_text(each):>10} {found.samples:>12} "
+        f"{bytes_text(found.size):>10}   before compression"
+    )
+    lines += [f"would skip {s.key}: {s.reason}" for s in found.skipped[:10]]
+    return lines
+
+
+def _summary_lines(cache: Path, summary: "Summary") -> list[str]:
+    each = summary.size / max(1, summary.samples)
+    state = "complete" if not summary.pending else f"{len(summary.pending)} to build"
+    lines = [
+        f"{cache}",
+        f"shards    {summary.shards} of {summary.planned} planned ({state})",
+        f"samples   {summary.samples}, {summary.skipped} skipped, {summary.images} images",
+        f"size      {bytes_text(summary.size)}, {bytes_text(each)} a sample",
+    ]
+    lines += [f"  {name:<18} {bytes_text(size):>10}" for name, size in summary.sizes.items()]
+    if summary.identity:
+        lines += _identity_lines(summary.identity)
+    lines += [f"skipped   {number} x {reason}" for reason, number in summary.skip_reasons.items()]
+    lines += [f"pending   {name}" for name in summary.pending[:10]]
+    if len(summary.pending) > 10:
+        lines.append(f"pending   and {len(summary.pending) - 10} more")
+    return lines
+
+
+def _identity_lines(identity: "dict[str, dict[str, object]]") -> list[str]:
+    spec, teacher = identity["spec"], identity["teacher"]
+    stored = [name for name in ("attention", "vision_tokens", "logprobs") if spec.get(name)]
+    return [
+        f"template  {spec['template']}, image {spec['image_aspect']}, "
+        f"at most {spec['max_tokens']} tokens",
+        *(f"stored    {name}: {json.dumps(spec[name])}" for name in stored),
+        f"teacher   width {teacher['hidden_size']}, {teacher['attention_heads']} heads, weights "
+        f"{str(teacher['weights_sha256'])[:12]}, {identity['numerics']['dtype']}",
+        f"tokenizer {identity['tokenizer']['vocab_size']} tokens, vocabulary "
+        f"{str(identity['tokenizer']['vocab_sha256'])[:12]}",
+    ]

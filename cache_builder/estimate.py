@@ -1,0 +1,125 @@
+"""What a build would do and how large it would be, from the teacher's config and the tars.
+
+No weights are read: `build-cache --dry-run` works with a folder that holds only a config and a
+tokenizer. Bytes are before lossless compression, so they are an upper estimate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from tqdm import tqdm
+
+from cache_builder.features import PreparedSample, prepare
+from shared.encodings import ENCODINGS
+from shared.mobilevlm import NUM_VISION, VLMConfig
+from shared.record import Skipped
+from shared.samples import TarIndex
+from shared.spec import CacheSpec
+from shared.tokenizer import Tokenizer
+
+_MOST_SAMPLES = 2000
+"Samples that are tokenised for the estimate; totals are scaled from them."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalSize:
+    """One signal's part of the cache."""
+
+    signal: str
+    "Which."
+    unit: str
+    "What it is stored per."
+    unit_bytes: float
+    "Bytes per unit, before compression."
+    units: float
+    "Units in the whole cache, estimated."
+
+    @property
+    def size(self) -> float:
+        """Bytes, before compression."""
+        return self.unit_bytes * self.units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a build would do."""
+
+    samples: int
+    "Samples in the tars."
+    examined: int
+    "Samples that were tokenised for the estimate."
+    skipped: tuple[Skipped, ...]
+    "Of those, the ones that would be skipped."
+    signals: tuple[SignalSize, ...]
+    "Parts of the cache."
+
+    @property
+    def size(self) -> float:
+        """Bytes of the whole cache, before compression."""
+        return sum(signal.size for signal in self.signals)
+
+
+def estimate(
+    tars: Sequence[TarIndex], spec: CacheSpec, config: VLMConfig, tokenizer: Tokenizer
+) -> Estimate:
+    """Sizes by signal, from up to 2000 samples spread over the tars."""
+    total = sum(len(tar.samples) + len(tar.skipped) for tar in tars)
+    share = -(-_MOST_SAMPLES // max(1, len(tars)))
+    usable: list[PreparedSample] = []
+    skipped: list[Skipped] = []
+    for tar in tqdm(tars, unit="tar", desc="estimate", delay=2):
+        for item in islice(prepare(tar, spec, tokenizer), share):
+            if isinstance(item, Skipped):
+                skipped.append(item)
+            else:
+                usable.append(item)
+    examined = len(usable) + len(skipped)
+    scale = total / max(1, examined)
+    return Estimate(
+        samples=total,
+        examined=examined,
+        skipped=tuple(skipped),
+        signals=tuple(_signals(usable, spec, config, scale)),
+    )
+
+
+def _signals(
+    samples: Sequence[PreparedSample], spec: CacheSpec, config: VLMConfig, scale: float
+) -> list[SignalSize]:
+    text_rows = sum(
+        s.num_tokens - s.prompt.vision_start - NUM_VISION
+        for s in samples
+        if s.prompt.vision_start is not None
+    )
+    images = len({s.image_digest for s in samples if s.image_digest})
+    responses = sum(int((s.prompt.labels[1:] != -100).sum()) for s in samples)
+    tokens = sum(len(s.prompt.input_ids) for s in samples)
+    llama = config.llama
+    signals = [
+        SignalSize(signal="sequence", unit="token", unit_bytes=8, units=tokens * scale)
+    ]
+    if spec.attention is not None:
+        width = ENCODINGS[spec.attention.encoding].bytes_per_value
+        row = len(spec.attention.layers) * llama.num_attention_heads * NUM_VISION * width
+        signals.append(
+            SignalSize(signal="attention", unit="text row", unit_bytes=row, units=text_rows * scale)
+        )
+    if spec.vision_tokens is not None:
+        width = ENCODINGS[spec.vision_tokens.encoding].bytes_per_value
+        image = NUM_VISION * llama.hidden_size * width
+        signals.append(
+            SignalSize(
+                signal="vision tokens", unit="image", unit_bytes=image, units=images * scale
+            )
+        )
+    if spec.logprobs is not None:
+        width = ENCODINGS[spec.logprobs.encoding].bytes_per_value
+        position = spec.logprobs.top_k * (4 + width) + 4
+        signals.append(
+            SignalSize(
+                signal="log-probabilities", unit="response position", unit_bytes=position,
+                units=responses * scale,
+            )  # fmt: skip
+        )
+    return signals

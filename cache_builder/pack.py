@@ -1,0 +1,146 @@
+"""LLaVA-format JSON + image folder -> WebDataset tars, the same bytes for the same input.
+
+Conversations about one image stay together, so that it lies in one tar only and the teacher's tower
+runs once for it.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import webdataset
+from tqdm import tqdm
+
+from shared.errors import CacheError, InputError
+from shared.samples import IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackReport:
+    """What was packed."""
+
+    tars: int
+    "Tars written."
+    samples: int
+    "Samples in them."
+    images: int
+    "Image files that are used."
+
+
+def pack(
+    annotations: Path, images: Path, out: Path, *, samples_per_tar: int, prefix: str
+) -> PackReport:
+    """Write `out/<prefix>-000000.tar`, ....
+
+    A tar is closed once it holds `samples_per_tar` samples; conversations about one image are not
+    parted, so it may hold a few more.
+
+    Raises:
+        InputError: the JSON is not a list of annotations, an id stands twice, an image is missing
+            or leaves the folder, or `out` holds tars already.
+        CacheError: `out` cannot be written.
+    """
+    entries = _read_annotations(annotations)
+    sources = {id(entry): _image_path(entry, images) for entry in entries}
+    if sorted(out.glob(f"{prefix}-*.tar")):
+        raise InputError(f"{out}: holds {prefix}-*.tar already; pack into an empty folder")
+    shards = list(_cut(_group_by_image(entries), samples_per_tar))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=len(entries), unit="sample", desc="pack", delay=2) as bar:
+            for number, shard in enumerate(shards):
+                partial = out / f"{prefix}-{number:06d}.tar.partial"
+                _write(partial, shard, sources, bar)
+                partial.replace(partial.with_suffix(""))
+    except OSError as error:
+        raise CacheError(f"{out}: cannot be written ({error.strerror or error})") from error
+    distinct = {path for path in sources.values() if path is not None}
+    return PackReport(tars=len(shards), samples=len(entries), images=len(distinct))
+
+
+def _read_annotations(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path}: expected a list of objects, as in LLaVA's data sets")
+    if not entries:
+        raise InputError(f"{path}: holds no samples")
+    seen: set[str] = set()
+    for number, entry in enumerate(entries):
+        key = _key(entry)
+        if not key:
+            raise InputError(f"{path}: entry {number} has no id")
+        if key in seen:
+            raise InputError(f"{path}: id {entry['id']!r} stands twice (entry {number})")
+        seen.add(key)
+    return entries
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+    """The id as a WebDataset key: no dots (they end a key) and no folders."""
+    return str(entry.get("id", "")).replace("/", "_").replace(".", "_")
+
+
+def _image_path(entry: Mapping[str, Any], images: Path) -> Path | None:
+    name = entry.get("image")
+    if not name:
+        return None
+    if not isinstance(name, str):
+        raise InputError(f"sample {entry['id']!r}: image must be one file name, found {name!r}")
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise InputError(f"sample {entry['id']!r}: image {name!r} leaves the image folder")
+    if PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"sample {entry['id']!r}: image {name!r} is none of {', '.join(IMAGE_SUFFIXES)}")
+    if not (images / name).is_file():
+        raise InputError(f"sample {entry['id']!r}: no image {images / name}")
+    return images / name
+
+
+def _group_by_image(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Entries of one image together, where the first of them stood."""
+    groups: dict[object, list[dict[str, Any]]] = {}
+    for number, entry in enumerate(entries):
+        groups.setdefault(entry.get("image") or number, []).append(entry)
+    return list(groups.values())
+
+
+def _cut(
+    groups: Sequence[list[dict[str, Any]]], samples_per_tar: int
+) -> Iterator[list[dict[str, Any]]]:
+    shard: list[dict[str, Any]] = []
+    for group in groups:
+        shard += group
+        if len(shard) >= samples_per_tar:
+            yield shard
+            shard = []
+    if shard:
+        yield shard
+
+
+def _write(
+    path: Path,
+    entries: Sequence[dict[str, Any]],
+    sources: Mapping[int, Path | None],
+    bar: "tqdm[Any]",
+) -> None:
+    buffer = io.BytesIO()
+    # Fixed owner, mode and time: the same input gives the same bytes.
+    with webdataset.TarWriter(buffer, encoder=False, mtime=0.0, user="", group="") as tar:
+        for entry in entries:
+            sample: dict[str, Any] = {
+                "__key__": _key(entry),
+                "json": json.dumps(entry, ensure_ascii=False).encode(),
+            }
+            source = sources[id(entry)]
+            if source is not None:
+                sample[source.suffix[1:].lower()] = source.read_bytes()
+            tar.write(sample)
+            bar.update()
+    path.write_bytes(buffer.getvalue())

@@ -1,0 +1,56 @@
+"""Loading what a build needs from names on a command line."""
+
+import torch
+
+from cache_builder.build import Builder
+from cache_builder.teacher import Teacher
+from shared.checkpoint import ModelFolder
+from shared.errors import ConfigError
+from shared.images import ImageProcessor
+from shared.spec import CacheSpec
+from shared.tokenizer import load_tokenizer
+
+
+def load_builder(
+    spec: CacheSpec,
+    teacher: str,
+    *,
+    vision_tower: str | None,
+    device: str | None,
+    dtype: str | None,
+    batch_size: int,
+) -> Builder:
+    """Load the teacher, its tokenizer and its image processor.
+
+    Raises:
+        ConfigError: no such device, or a spec that the teacher cannot meet.
+        CheckpointError: the teacher's folder cannot be used.
+    """
+    folder = ModelFolder(teacher)
+    chosen = pick_device(device)
+    default = "bfloat16" if chosen.type == "cuda" else "float32"
+    loaded = Teacher(
+        folder, spec, vision_tower=vision_tower, device=chosen,
+        dtype=getattr(torch, dtype or default),
+    )  # fmt: skip
+    return Builder(
+        spec=spec,
+        teacher=loaded,
+        tokenizer=load_tokenizer(folder.path),
+        processor=ImageProcessor(loaded.config.tower_folder, spec.image_aspect),
+        batch_size=batch_size,
+    )
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, by default CUDA if there is one.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,96 @@
+"""What a cache is and how far its build is, from its records alone."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import CacheError, DamagedError
+from shared.record import PLANS, read_records, sizes_by_array, spec_of
+
+_SIGNALS = {
+    "attention": "attention",
+    "query_offsets": "attention",
+    "vision_tokens": "vision tokens",
+    "top_": "log-probabilities",
+    "rest_": "log-probabilities",
+    "response_offsets": "log-probabilities",
+}
+"Array prefix -> the signal that it belongs to; everything else is the sequence."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A cache at a glance."""
+
+    shards: int
+    "Committed shards."
+    planned: int
+    "Shards that the builds so far were to make."
+    samples: int
+    "Stored samples."
+    images: int
+    "Distinct images, counted per shard."
+    skipped: int
+    "Samples that could not be used."
+    skip_reasons: dict[str, int]
+    "Reason -> samples."
+    sizes: dict[str, int]
+    "Signal -> bytes on disk."
+    identity: dict[str, Any]
+    "What the cache was built with; empty if nothing is committed yet."
+    pending: tuple[str, ...]
+    "Planned shards that are not committed."
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(self.sizes.values())
+
+
+def summarise(root: Path) -> Summary:
+    """Read records and plans.
+
+    Raises:
+        CacheError: no cache and no begun build here.
+        DamagedError: a record or plan cannot be read.
+    """
+    records = read_records(root)
+    planned = _planned(root)
+    if not records and not planned:
+        raise CacheError(f"{root}: no cache here (neither records nor plans); see build-cache --help")
+    for record in records.values():
+        spec_of(record)
+    reasons = Counter(s.reason for record in records.values() for s in record.skipped)
+    sizes: Counter[str] = Counter()
+    for array, size in sizes_by_array(list(records.values())).items():
+        sizes[_signal(array)] += size
+    return Summary(
+        shards=len(records),
+        planned=len(planned | set(records)),
+        samples=sum(len(record.keys) for record in records.values()),
+        images=sum(max(record.images, default=-1) + 1 for record in records.values()),
+        skipped=sum(reasons.values()),
+        skip_reasons=dict(reasons.most_common()),
+        sizes=dict(sizes.most_common()),
+        identity=next((record.identity for record in records.values()), {}),
+        pending=tuple(sorted(planned - set(records))),
+    )
+
+
+def _planned(root: Path) -> set[str]:
+    names: set[str] = set()
+    for path in sorted((root / PLANS).glob("*.json")):
+        try:
+            names |= set(json.loads(path.read_bytes())["shards"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedError(f"{path}: not a plan ({error}); it may be deleted") from error
+    return names
+
+
+def _signal(array: str) -> str:
+    for prefix, signal in _SIGNALS.items():
+        if array.startswith(prefix):
+            return signal
+    return "sequence"

@@ -1,0 +1,1 @@
+"""What building a cache and training from it must agree on."""

@@ -1,0 +1,193 @@
+"""Model folders in the published layout: find tensors by name, read only the named ones, write.
+
+A folder is a local directory or a Hugging Face hub id. Weights are one file or many, `.safetensors`
+or `.bin`. A `.bin` is a pickle, so it is read with `weights_only=True`, which builds tensors and
+refuses everything else.
+"""
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shared.errors import CheckpointError
+
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+"Small files of a model folder: what is read of it besides weights."
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+class ModelFolder:
+    """A model folder; nothing is read before it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        """`name`: a local folder, else a hub id (only the files that are asked for are fetched).
+
+        Raises:
+            CheckpointError: neither a folder nor a hub id that can be reached, or no config.json.
+        """
+        self.name = name
+        self._fetch: Callable[[str], Path] | None = None
+        path = Path(name)
+        if not path.is_dir():
+            path = self._open_hub(name)
+        self.path = path
+        "The local folder (for a hub id: its snapshot) that holds the small files."
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{name}: no config.json; expected a model folder")
+
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        return _read_json(self.path / "config.json")
+
+    def tensor_files(self) -> dict[str, str]:
+        """Tensor name -> name of the file that holds it.
+
+        Raises:
+            CheckpointError: no weights in the folder.
+        """
+        for single in _WEIGHTS:
+            index = self._find(f"{single}.index.json")
+            if index:
+                return dict(_read_json(index)["weight_map"])
+            if self._find(single):
+                return dict.fromkeys(self._names_in(single), single)
+        raise CheckpointError(f"{self.name}: no weights ({', '.join(_WEIGHTS)} or their .index.json)")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors; only the files that hold them are opened.
+
+        Raises:
+            CheckpointError: a tensor or its file is missing or damaged.
+        """
+        wanted, files = list(names), self.tensor_files()
+        missing = sorted(set(wanted) - set(files))
+        if missing:
+            raise CheckpointError(f"{self.name}: {len(missing)} tensors are missing: {_few(missing)}")
+        by_file: dict[str, list[str]] = {}
+        for name in wanted:
+            by_file.setdefault(files[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, inside in by_file.items():
+            tensors |= self._read_file(file, inside)
+        return tensors
+
+    def _open_hub(self, name: str) -> Path:
+        # Not os.path-like: "org/name" and nothing more.
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise CheckpointError(f"{name}: no such folder")
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        self._fetch = lambda file: Path(hf_hub_download(name, file))
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(SETTINGS)))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{name}: no such local folder, and the hub cannot be reached or has no such model"
+            ) from error
+
+    def _find(self, file: str) -> Path | None:
+        if self._fetch is None:
+            path = self.path / file
+            return path if path.is_file() else None
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return self._fetch(file)
+        except EntryNotFoundError:
+            return None
+
+    def _names_in(self, file: str) -> list[str]:
+        path = self._find(file)
+        assert path is not None
+        if file.endswith(".safetensors"):
+            with _open_safetensors(path) as opened:
+                return list(opened.keys())
+        return list(_load_bin(path))
+
+    def _read_file(self, file: str, names: list[str]) -> dict[str, Tensor]:
+        path = self._find(file)
+        if path is None:
+            raise CheckpointError(f"{self.name}: {file} is missing; it holds {_few(names)}")
+        if file.endswith(".safetensors"):
+            with _open_safetensors(path) as opened:
+                return {name: opened.get_tensor(name) for name in names}
+        loaded = _load_bin(path)
+        return {name: loaded[name] for name in names}
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], form: str) -> None:
+    """`pytorch_model.bin` (what the original code and llama.cpp read) or `model.safetensors`.
+
+    Args:
+        form: `bin` or `safetensors`. A `.bin` holds plain tensors only.
+    """
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if form == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(plain, folder / "pytorch_model.bin")
+
+
+def copy_settings(source: Path, folder: Path, *, leave_out: tuple[str, ...] = ()) -> None:
+    """The small files of a model folder, so that a written model is complete."""
+    for name in SETTINGS:
+        if name not in leave_out and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and values; order and file format do not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or not safetensors ({error})") from error
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: damaged, or more than tensors in it ({reason})") from error
+    return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return values
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,45 @@
+"""What all commands share: one-line errors, logging to stderr, numbers for people."""
+
+import logging
+import sys
+from typing import Any
+
+import click
+
+from shared.errors import ProjectError
+
+
+class OneLineErrors:
+    """Mixin for click commands: our own errors in one line; any other keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)  # type: ignore[misc]
+        except ProjectError as error:
+            raise click.ClickException(str(error)) from error
+
+
+class Command(OneLineErrors, click.Command):
+    """One command."""
+
+
+class Group(OneLineErrors, click.Group):
+    """A command with subcommands."""
+
+
+def configure_logging(verbose: bool) -> None:
+    """Log lines to stderr; stdout is for results."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def bytes_text(size: float) -> str:
+    """`1.2 MB`: decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,113 @@
+"""Image bytes -> pixels for the vision tower, as the original code prepares them.
+
+`pad` puts the image in the middle of a square of the mean colour; `square` leaves it to the image
+processor, which resizes the shorter edge and crops the middle. Both are MobileVLM's; both are
+deterministic.
+"""
+
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image, UnidentifiedImageError
+
+from shared.errors import CheckpointError, UnusableSample
+from shared.spec import Aspect
+
+if TYPE_CHECKING:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def decode_image(encoded: bytes) -> Image.Image:
+    """One RGB image.
+
+    Raises:
+        UnusableSample: empty, broken, animated, too large for Pillow's bomb limit, or of a pixel
+            type that 8-bit RGB would clip.
+    """
+    if not encoded:
+        raise UnusableSample("image of zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+            _refuse(image)
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UnusableSample("image is broken or not JPEG, PNG or WebP") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UnusableSample(f"image beyond {Image.MAX_IMAGE_PIXELS} pixels") from error
+    # Pillow's decoders raise all of these on damaged data.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+        raise UnusableSample(f"image is broken ({error})") from error
+
+
+def _refuse(image: Image.Image) -> None:
+    # A phone's JPEG may hold a preview as second frame (MPO); its first frame is the picture.
+    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+        raise UnusableSample(f"animated image of {image.n_frames} frames")  # type: ignore[attr-defined]
+    if image.mode.startswith(("I", "F")):
+        raise UnusableSample(f"image of mode {image.mode}: 8-bit RGB would clip its values")
+    longest, shortest = max(image.size), min(image.size)
+    # `pad` makes a square of the longest edge, `square` resizes by the shortest.
+    if longest * longest > 4 * (Image.MAX_IMAGE_PIXELS or longest * longest) or (
+        longest > 200 * shortest
+    ):
+        raise UnusableSample(f"image of {image.width} x {image.height} is too long and thin")
+
+
+class ImageProcessor:
+    """CLIP's preprocessing with an aspect rule in front of it."""
+
+    def __init__(self, folder: Path, aspect: Aspect) -> None:
+        """Settings from `folder/preprocessor_config.json`.
+
+        Raises:
+            CheckpointError: the file is missing or no CLIP image processor's.
+        """
+        path = folder / "preprocessor_config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        # The torchvision class rounds pixels differently (up to 1/255), so the class is fixed.
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        settings.pop("image_processor_type", None)
+        self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil(**settings)
+        self._settings = settings
+        self._aspect = aspect
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Class, settings and aspect: equal iff pixels will be equal."""
+        return {
+            "class": type(self._processor).__name__,
+            "settings": self._settings,
+            "aspect": self._aspect,
+        }
+
+    def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 S S"]:
+        """Normalised pixels of one RGB image."""
+        if self._aspect == "pad":
+            image = pad_to_square(image, self._processor.image_mean)
+        pixels = self._processor(image, return_tensors="np")["pixel_values"][0]
+        return np.asarray(pixels, dtype=np.float32)
+
+
+def pad_to_square(image: Image.Image, mean: Any) -> Image.Image:
+    """`image` in the middle of a square whose colour is `mean` (three values in 0..1)."""
+    size = max(image.size)
+    if image.width == image.height:
+        return image
+    square = Image.new("RGB", (size, size), tuple(int(value * 255) for value in mean))
+    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return square
+
+

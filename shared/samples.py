@@ -1,0 +1,222 @@
+"""Samples in tars: an index of each tar, and samples read by position.
+
+A sample is the members that share a name up to the first dot (WebDataset's rule): one `.json` and
+at most one image. Both stages read by position, so that any order, subset and world size works;
+members are never unpacked to disk.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import braceexpand
+
+from shared.conversation import Conversation, parse_annotation
+from shared.errors import InputError, UnusableSample
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_MAX_JSON = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """Where one file lies in its tar."""
+
+    offset: int
+    "Bytes from the start of the tar."
+    size: int
+    "Bytes."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleEntry:
+    """One sample in a tar's index."""
+
+    key: str
+    "WebDataset key."
+    annotation: Member
+    "The .json member."
+    image: Member | None
+    "The image member, if there is one."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarIndex:
+    """What a tar holds, from its headers alone."""
+
+    path: Path
+    "The tar."
+    samples: tuple[SampleEntry, ...]
+    "Usable as far as the headers tell, in the tar's order."
+    skipped: Mapping[str, str]
+    "Key -> reason."
+
+    @property
+    def name(self) -> str:
+        """The shard's name: the file name without `.tar`."""
+        return self.path.name.removesuffix(".tar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sample, read and checked; the image still encoded."""
+
+    key: str
+    "WebDataset key."
+    conversation: Conversation
+    "Checked turns."
+    image: bytes | None
+    "JPEG, PNG or WebP."
+
+    @property
+    def image_digest(self) -> str | None:
+        """sha256 of the encoded image: equal images are run and stored once."""
+        return None if self.image is None else hashlib.sha256(self.image).hexdigest()
+
+
+def expand_tars(patterns: Sequence[str]) -> list[Path]:
+    """Paths from brace ranges (`{000..099}.tar`) and globs, each once, in order.
+
+    Raises:
+        InputError: a tar is missing, a glob matches nothing, or two tars share a name.
+    """
+    paths: list[Path] = []
+    for pattern in patterns:
+        for text in braceexpand.braceexpand(pattern):
+            found = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+            if not found:
+                raise InputError(f"{text}: matches no tar")
+            paths += [Path(path) for path in found]
+    paths = list(dict.fromkeys(paths))
+    names: dict[str, Path] = {}
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such tar (expanded from {' '.join(patterns)})")
+        if (twin := names.setdefault(path.name, path)) != path:
+            raise InputError(f"{path} and {twin} share a name; shards are named after their tars")
+    return paths
+
+
+def index_tar(path: Path) -> TarIndex:
+    """Read a tar's headers.
+
+    Raises:
+        InputError: not a tar, or cut short.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            groups = _group(tar)
+            if not _ends_with_zero_block(path):
+                raise tarfile.ReadError("no end-of-archive mark")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise InputError(f"{path}: truncated or not a tar ({error}); fetch or pack it again") from error
+    samples, skipped = [], {}
+    for key, members in groups.items():
+        try:
+            samples.append(_entry(key, members))
+        except UnusableSample as reason:
+            skipped[key] = str(reason)
+    return TarIndex(path=path, samples=tuple(samples), skipped=skipped)
+
+
+def read_sample(tar: Path, entry: SampleEntry) -> Sample:
+    """One sample, checked.
+
+    Raises:
+        UnusableSample: with the reason.
+        InputError: the tar cannot be read at all.
+    """
+    try:
+        with tar.open("rb") as file:
+            annotation = _parse_json(_read(file.fileno(), entry.annotation))
+            image = _read(file.fileno(), entry.image) if entry.image else None
+    except OSError as error:
+        raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
+    conversation = parse_annotation(annotation, has_image=image is not None)
+    return Sample(key=entry.key, conversation=conversation, image=image)
+
+
+def read_samples(
+    tar: TarIndex, entries: Iterable[SampleEntry] | None = None
+) -> Iterator[tuple[str, Sample | UnusableSample]]:
+    """(key, sample or the reason why not) for `entries`, by default all of the tar."""
+    for entry in tar.samples if entries is None else entries:
+        try:
+            yield entry.key, read_sample(tar.path, entry)
+        except UnusableSample as reason:
+            yield entry.key, reason
+
+
+def _group(tar: tarfile.TarFile) -> dict[str, list[tuple[str, Member | None]]]:
+    groups: dict[str, list[tuple[str, Member | None]]] = {}
+    previous = None
+    for info in tar:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+        if info.isdir():
+            continue
+        folder, _, file = info.name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        if key in groups and key != previous:
+            groups[key].append(("duplicate", None))
+        member = Member(offset=info.offset_data, size=info.size) if info.isreg() else None
+        groups.setdefault(key, []).append((suffix.lower(), member))
+        previous = key
+    return groups
+
+
+def _entry(key: str, members: Sequence[tuple[str, Member | None]]) -> SampleEntry:
+    suffixes = [suffix for suffix, _ in members]
+    images = [member for suffix, member in members if suffix in IMAGE_SUFFIXES]
+    annotations = [member for suffix, member in members if suffix == "json"]
+    if "duplicate" in suffixes or len(annotations) > 1:
+        raise UnusableSample("duplicate key: two samples of this name in the tar")
+    if not annotations:
+        raise UnusableSample("no .json beside it")
+    if len(images) > 1:
+        raise UnusableSample("more than one image")
+    if None in images or annotations[0] is None:
+        raise UnusableSample("member is a link or special file")
+    if annotations[0].size > _MAX_JSON:
+        raise UnusableSample(f"JSON of {annotations[0].size} bytes, at most {_MAX_JSON}")
+    return SampleEntry(key=key, annotation=annotations[0], image=images[0] if images else None)
+
+
+def _ends_with_zero_block(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) < tarfile.BLOCKSIZE:
+            return False
+        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+        return not any(file.read(tarfile.BLOCKSIZE))
+
+
+def _read(descriptor: int, member: Member) -> bytes:
+    content = os.pread(descriptor, member.size, member.offset)
+    if len(content) != member.size:
+        raise OSError(None, "the tar became shorter while it was read")
+    return content
+
+
+def _parse_json(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UnusableSample(f"JSON cannot be parsed ({error})") from error
+
+
+def tar_sha256(path: Path) -> str:
+    """Digest of a whole tar, hexadecimal.
+
+    Raises:
+        InputError: the tar cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error

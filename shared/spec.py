@@ -1,0 +1,115 @@
+"""What a cache holds: the spec, and nothing about how it is produced.
+
+Two builds with equal specs, teachers and tars give the same content, so the digest of a spec is
+part of every shard's identity. Batch size, device count and workers are not in it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.strict import build, read_yaml
+
+Template = Literal["plain", "v1"]
+Aspect = Literal["pad", "square"]
+EncodingName = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """A_tv: text-to-vision attention weights of some decoder layers."""
+
+    layers: tuple[int, ...]
+    "Decoder layers of the teacher, counted from 0; the paper uses [0]."
+    encoding: EncodingName
+    "How each weight is stored."
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers is empty; leave `attention` out to store none")
+        if min(self.layers) < 0 or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers must be distinct and >= 0, found {list(self.layers)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTokensSpec:
+    """v: the vision tokens after the projector, once per distinct image of a tar."""
+
+    encoding: EncodingName
+    "How each value is stored."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobsSpec:
+    """The teacher's distribution at response positions: k largest entries and the rest's mass."""
+
+    top_k: int
+    "Entries kept per response position; exact when it equals the vocabulary size."
+    encoding: EncodingName
+    "How each log-probability (nats) is stored; ids are always int32."
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, found {self.top_k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """One cache: the sequence that the teacher sees and the signals that are kept of it."""
+
+    template: Template
+    "Prompt template: `plain` (stage I) or `v1` (stage II)."
+    image_aspect: Aspect
+    "`pad`: to a square with the mean colour; `square`: the image processor's own resize and crop."
+    max_tokens: int = 2048
+    "Longest sequence in tokens, vision tokens counted; a longer sample is skipped and listed."
+    attention: AttentionSpec | None = None
+    "Text-to-vision attention, or none."
+    vision_tokens: VisionTokensSpec | None = None
+    "Projected vision tokens, or none."
+    logprobs: LogprobsSpec | None = None
+    "Log-probabilities at response positions, or none."
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2, found {self.max_tokens}")
+        if not (self.attention or self.vision_tokens or self.logprobs):
+            raise ValueError("names no signal: give at least one of attention, vision_tokens, logprobs")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "spec") -> "CacheSpec":
+        """Strict: an unknown key raises ConfigError and names the nearest known one."""
+        return build(cls, values, where)
+
+    @classmethod
+    def load(cls, path: Path) -> "CacheSpec":
+        """From a YAML file.
+
+        Raises:
+            ConfigError: not readable, not YAML, or not a spec.
+        """
+        return cls.from_dict(read_yaml(path), where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as records hold them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Teacher layers whose attention is stored; empty if none."""
+        return self.attention.layers if self.attention else ()
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the canonical JSON of the spec, hexadecimal."""
+        return canonical_digest(self.to_dict())
+
+
+def canonical_digest(values: object) -> str:
+    """sha256 of JSON with sorted keys and no spaces: equal values, equal digest."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""Building frozen dataclasses from YAML or JSON, strictly.
+
+An unknown key is an error that names the nearest known one; a value of the wrong type is an error
+that names the key, the value and the type. Nothing is guessed, nothing is ignored.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from shared.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML mapping from a file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    return values
+
+
+def build(cls: type[T], values: object, where: str) -> T:
+    """An instance of the dataclass `cls` from a mapping; `where` names it in messages.
+
+    Raises:
+        ConfigError: unknown or missing key, wrong type, or a value that `__post_init__` refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of keys, found {values!r}")
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), fields)}")
+    missing = [name for name, field in fields.items() if name not in values and _required(field)]
+    if missing:
+        raise ConfigError(f"{where}: missing key {missing[0]!r}")
+    arguments = {
+        key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()
+    }
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def nearest(key: str, known: Mapping[str, object] | list[str]) -> str:
+    """The end of a message about an unknown name: what it could have been."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    return f"; nearest known: {close[0]!r} (known: {', '.join(known)})" if close else ""
+
+
+def convert(hint: Any, value: object, where: str) -> Any:
+    """`value` as the type `hint`, or a ConfigError that names `where`."""
+    if hint is Any:
+        return value
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = [argument for argument in arguments if argument is not type(None)]
+        return convert(hint, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, found {value!r}")
+        if arguments[0] in (str, int) and all(type(item) is arguments[0] for item in value):
+            return tuple(value)  # records hold a million keys
+        return tuple(convert(arguments[0], item, where) for item in value)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a mapping, found {value!r}")
+        return {
+            convert(arguments[0], key, where): convert(arguments[1], item, f"{where}: {key}")
+            for key, item in value.items()
+        }
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: type, value: object, where: str) -> object:
+    if hint is float:
+        # YAML reads "2e-5" (no dot) as text; people write it all the time.
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif hint is int and isinstance(value, str) and value.lstrip("-").isdigit():
+        return int(value)  # JSON has only text keys, so a layer map comes back as text
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: expected {hint.__name__}, found {value!r}")
+
+
+def _required(field: "dataclasses.Field[object]") -> bool:
+    return (
+        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    )

@@ -1,0 +1,60 @@
+"""The Llama tokenizer of published MobileVLM folders, and what makes two of them the same."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from shared.errors import CheckpointError
+from shared.spec import canonical_digest
+
+PROBES = (
+    "USER: ",
+    "\nWhat is in the picture? ASSISTANT: A boat.</s>USER: And  where?",
+    "  two  spaces, \u00e9\u4e2d\U0001f600 1234.5\n\n",
+)
+"Texts whose ids tell two tokenizers of one vocabulary apart (spaces, after `</s>`, bytes, digits)."
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that this project uses."""
+
+    bos_token_id: int
+    eos_token_id: int
+    all_special_tokens: list[str]
+
+    def __call__(self, text: str) -> Any: ...
+    def __len__(self) -> int: ...
+    def get_vocab(self) -> dict[str, int]: ...
+    def decode(self, ids: Any, *, skip_special_tokens: bool) -> str: ...
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's sentencepiece tokenizer with the original code's behaviour.
+
+    `legacy=True`: transformers 5 splits text after `</s>` and around leading spaces differently
+    from the slow tokenizer that MobileVLM was trained with, unless told so.
+
+    Raises:
+        CheckpointError: no tokenizer.model, or not a Llama tokenizer.
+    """
+    from transformers import LlamaTokenizer
+
+    if not (folder / "tokenizer.model").is_file():
+        raise CheckpointError(f"{folder}: no tokenizer.model; expected a MobileVLM or Llama folder")
+    try:
+        tokenizer: Tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: tokenizer cannot be read ({error})") from error
+    if tokenizer.bos_token_id is None or tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        raise CheckpointError(f"{folder}: tokenizer adds no BOS token; is tokenizer_config.json there?")
+    return tokenizer
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Digests of the vocabulary and of its behaviour on `PROBES`: equal iff ids will be equal."""
+    return {
+        "vocab_size": len(tokenizer),
+        "vocab_sha256": canonical_digest(tokenizer.get_vocab()),
+        "behaviour_sha256": canonical_digest([tokenizer(text).input_ids for text in PROBES]),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+    }

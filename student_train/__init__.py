@@ -1,0 +1,1 @@
+"""Stage 2: train a student, with or without a cache."""

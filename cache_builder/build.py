@@ -33,7 +33,7 @@ from shared.record import (
     compare,
     read_records,
 )
-from shared.samples import TarIndex, index_tar, tar_sha256
+from shared.samples import TarIndex, index_tars, tar_sha256
 from shared.spec import CacheSpec, canonical_digest
 from shared.store import new_shard, put_file
 from shared.tokenizer import Tokenizer, tokenizer_identity
@@ -90,6 +90,8 @@ def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildRepor
         InputError: tars that cannot be read, after all others have been built.
         CacheError: `out` cannot be written.
     """
+    for tar in tars:
+        check_name(tar)
     indexes, broken = index_tars(tars)
     write_plan(out, indexes)
     pending = find_pending(builder.identity, indexes, out)
@@ -115,32 +117,6 @@ def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildRepor
     return BuildReport(
         built=built, present=len(indexes) - len(pending), samples=samples, skipped=skipped
     )
-
-
-def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
-    """Indexes of the tars that can be read, and what is wrong with the others.
-
-    Raises:
-        InputError: one sample key stands in two tars.
-    """
-    indexes, broken = [], []
-    for tar in tqdm(tars, unit="tar", desc="index", delay=2):
-        check_name(tar)
-        try:
-            indexes.append(index_tar(tar))
-        except InputError as error:
-            broken.append(error)
-            log.error("%s", error)
-    seen: dict[str, str] = {}
-    for index in indexes:
-        for sample in index.samples:
-            if sample.key in seen:
-                raise InputError(
-                    f"sample {sample.key!r} stands in {seen[sample.key]} and in {index.path.name}; "
-                    "keys must differ between tars: cache-tools pack makes such tars"
-                )
-            seen[sample.key] = index.path.name
-    return indexes, broken
 
 
 def find_pending(

@@ -126,11 +126,11 @@ def info(cache: Path, as_json: bool) -> None:
 def _dry_run(
     spec: "object", teacher: str, vision_tower: str | None, tars: list[Path], as_json: bool
 ) -> None:
-    from cache_builder.build import index_tars
     from cache_builder.estimate import estimate
     from cache_builder.teacher import check_spec
     from shared.checkpoint import ModelFolder
     from shared.mobilevlm import read_config
+    from shared.samples import index_tars
     from shared.spec import CacheSpec
     from shared.tokenizer import load_tokenizer
 

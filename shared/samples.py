@@ -8,6 +8,7 @@ members are never unpacked to disk.
 import glob
 import hashlib
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import braceexpand
+from tqdm import tqdm
 
 from shared.conversation import Conversation, parse_annotation
 from shared.errors import InputError, UnusableSample
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _MAX_JSON = 16 * 2**20
@@ -122,6 +126,31 @@ def index_tar(path: Path) -> TarIndex:
         except UnusableSample as reason:
             skipped[key] = str(reason)
     return TarIndex(path=path, samples=tuple(samples), skipped=skipped)
+
+
+def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
+    """Indexes of the tars that can be read, and what is wrong with the others.
+
+    Raises:
+        InputError: one sample key stands in two tars.
+    """
+    indexes, broken = [], []
+    for tar in tqdm(tars, unit="tar", desc="index", delay=2):
+        try:
+            indexes.append(index_tar(tar))
+        except InputError as error:
+            broken.append(error)
+            log.error("%s", error)
+    seen: dict[str, str] = {}
+    for index in indexes:
+        for sample in index.samples:
+            if sample.key in seen:
+                raise InputError(
+                    f"sample {sample.key!r} stands in {seen[sample.key]} and in {index.path.name}; "
+                    "keys must differ between tars: cache-tools pack makes such tars"
+                )
+            seen[sample.key] = index.path.name
+    return indexes, broken
 
 
 def read_sample(tar: Path, entry: SampleEntry) -> Sample:

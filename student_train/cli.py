@@ -1,0 +1,80 @@
+"""`train-student`: train a student, with a teacher cache or plainly supervised."""
+
+import json
+from pathlib import Path
+
+import click
+
+from shared.console import Command, configure_logging
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(cls=Command, name="train-student")
+@click.option(
+    "--cache", type=_FOLDER,
+    help="Teacher cache made by build-cache. Without it: plain supervised training.",
+)  # fmt: skip
+@click.option(
+    "--data", required=True, multiple=True,
+    help="Tars: a path, a brace range ('t-{000..099}.tar') or a glob, in quotes. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--student", required=True,
+    help="MobileVLM V2 folder or hub id; or a Llama, which gets a fresh projector.",
+)  # fmt: skip
+@click.option("--vision-tower", help="CLIP folder or hub id.  [default: the student's config says]")
+@click.option("--adapters", type=_FILE, help="Adapters of an earlier stage (RUN/adapters.safetensors).")
+@click.option("--out", required=True, type=_FOLDER, help="The run: checkpoints, logs, export.")
+@click.option(
+    "--recipe", default="stage2", show_default=True,
+    help="YAML file, or a shipped recipe: stage1, stage2.",
+)  # fmt: skip
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    help="Change one value of the recipe, as in optim.lr=1e-4. Repeatable.",
+)  # fmt: skip
+@click.option("--eval-data", multiple=True, help="Held-out tars, written like --data. Repeatable.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
+@click.option("--cpu", is_flag=True, help="Do not use a GPU even if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def train_student(
+    cache: Path | None, data: tuple[str, ...], student: str, vision_tower: str | None,
+    adapters: Path | None, out: Path, recipe: str, settings: tuple[str, ...],
+    eval_data: tuple[str, ...], resume: bool, cpu: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Train a student on tars, with all losses of Align-KD if there is a cache.
+
+    On several devices: torchrun --nproc_per_node N $(which train-student) ... . A run that was
+    killed goes on with --resume as if nothing had happened. The student ends up in OUT/export, in
+    MobileVLM's published layout.
+    """
+    configure_logging(verbose=True)
+    from student_train.config import load_recipe
+    from student_train.setup import Inputs, run_training
+
+    outcome = run_training(
+        load_recipe(recipe, settings),
+        Inputs(
+            data=data, eval_data=eval_data, student=student, vision_tower=vision_tower,
+            cache=cache, adapters=adapters,
+        ),
+        out, resume=resume, cpu=cpu,
+    )  # fmt: skip
+    scores = outcome.scores
+    if as_json:
+        result = {
+            "steps": outcome.steps,
+            "seconds": round(outcome.seconds, 3),
+            "eval_loss": scores and scores.loss,
+            "exact_match": scores and scores.exact_match,
+            "answers": scores and scores.answers,
+        }
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{out}: {outcome.steps} steps in {outcome.seconds:.0f} s, export in {out / 'export'}")
+    if scores is not None:
+        match = scores.exact_match
+        rate = "" if match is None else f", exact match {100 * match:.2f} % of {scores.answers} answers"
+        click.echo(f"held out: loss {scores.loss:.4f} nats{rate}, {scores.skipped} skipped")

@@ -1,0 +1,185 @@
+"""The recipe of a training run: everything that decides its outcome, and how it is watched.
+
+A recipe is a YAML file, strict as a spec; `--set a.b=c` changes one value of it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from shared.errors import ConfigError
+from shared.spec import Aspect, Template
+from shared.strict import build, read_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the loss `sup + kl L_rkl + attention L_attn + vision (L_v_all + L_v_focus)`.
+
+    They count only with `--cache`; a weight of 0 leaves the signal unread.
+    """
+
+    kl: float = 1.0
+    "Weight of the KL between student and teacher at response positions."
+    attention: float = 1.0
+    "Weight of the text-to-vision attention error."
+    vision: float = 1.0
+    "Weight of the two vision token errors."
+    kl_direction: Literal["reverse", "forward"] = "reverse"
+    "`reverse`: KL(student || teacher), the paper's; `forward`: KL(teacher || student)."
+    focus_tokens: int = 16
+    "Vision tokens in L_v_focus; 0 leaves that term out."
+    layer_map: dict[int, int] | None = None
+    "Teacher layer -> student layer that it teaches; by default each teaches its namesake."
+
+    def __post_init__(self) -> None:
+        for name in ("kl", "attention", "vision"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")
+        if not 0 <= self.focus_tokens <= 144:
+            raise ValueError(f"focus_tokens must be 0 to 144, found {self.focus_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    lr: float
+    "Peak learning rate of the language model (and of the tower if it is trained)."
+    projector_lr: float | None = None
+    "Peak learning rate of the projector; by default `lr`."
+    adapter_lr: float = 1e-3
+    "Peak learning rate of the adapters, which start from scratch."
+    weight_decay: float = 0.0
+    "Decoupled weight decay."
+    warmup: float = 0.03
+    "Share of the steps in which the rate rises."
+    clip_norm: float = 1.0
+    "Gradients are scaled down to this norm."
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.adapter_lr <= 0 or (self.projector_lr or 1) <= 0:
+            raise ValueError("learning rates must be > 0")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be 0 to 1, found {self.warmup}")
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be > 0, found {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run."""
+
+    template: Template
+    "Prompt template; with a cache it must be the cache's."
+    image_aspect: Aspect
+    "How the student's images are made square; with a cache it must be the cache's."
+    max_tokens: int = 2048
+    "Longest sequence, vision tokens counted; longer samples are skipped and listed."
+    epochs: int = 1
+    "Passes over the data."
+    max_steps: int | None = None
+    "Stop after so many steps, if that is before the epochs are over; the schedule ends there too."
+    global_batch: int
+    "Samples per optimiser step, over all processes."
+    micro_batch: int
+    "Samples per forward pass and process; changes memory and speed, not the result."
+    group_by_length: bool = False
+    "Put samples of similar length into one batch."
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    "Number format of the forward and backward pass; weights are kept in float32."
+    gradient_checkpointing: bool = False
+    "Recompute activations in the backward pass: less memory, about a third more time."
+    train_tower: bool = False
+    "Train the vision tower too. MobileVLM V2 never does; the demo's teacher is made with it."
+    seed: int = 0
+    "Of a fresh projector, the adapters and the order of the data."
+    optim: OptimConfig
+    "Optimiser and schedule."
+    loss: LossConfig = field(default_factory=LossConfig)
+    "Loss weights."
+    log_every: int = 10
+    "Steps between log lines."
+    save_every: int = 500
+    "Steps between checkpoints."
+    keep_checkpoints: int = 2
+    "Checkpoints kept; older ones are deleted."
+    eval_every: int | None = None
+    "Steps between evaluations on --eval-data; by default only at the end."
+    eval_samples: int | None = None
+    "Held-out samples per evaluation; by default all."
+    max_new_tokens: int = 32
+    "Longest greedy answer in evaluation, in tokens."
+    workers: int = 2
+    "Processes that read and decode data."
+    export_weights: Literal["bin", "safetensors"] = "bin"
+    "Weights file of the export: `bin` is what the original code and llama.cpp read."
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "global_batch", "micro_batch", "log_every", "save_every")
+        for name in (*positive, "keep_checkpoints", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as runs and exports hold them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+
+WATCHING = frozenset(
+    ("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_samples", "max_new_tokens",
+     "workers", "micro_batch", "export_weights")
+)  # fmt: skip
+"Recipe fields that do not change the trained weights, and so may change when a run is resumed."
+
+
+def load_recipe(name: str, settings: Sequence[str]) -> Recipe:
+    """A recipe by file, or by the name of one that ships (`stage1`, `stage2`).
+
+    Args:
+        settings: `a.b=c` changes, values in YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest is named) or nonsense value.
+    """
+    path = Path(name)
+    shipped = resources.files("student_train") / "recipes" / f"{name}.yaml"
+    if not path.is_file() and shipped.is_file():
+        path = Path(str(shipped))
+    if not path.is_file():
+        known = sorted(p.name.removesuffix(".yaml") for p in _shipped())
+        raise ConfigError(f"{name}: no such recipe file, nor a shipped one ({', '.join(known)})")
+    values = read_yaml(path)
+    for setting in settings:
+        _apply(values, setting)
+    return build(Recipe, values, where=str(path))
+
+
+def _shipped() -> list[Any]:
+    return list((resources.files("student_train") / "recipes").iterdir())
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {setting}: expected key=value, as in optim.lr=1e-4")
+    *parents, last = path.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {setting}: {parent} is not a group of keys")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting}: value is not YAML") from error

@@ -1,0 +1,345 @@
+"""Training data: what is in the tars and the cache, planned into batches, read in any order.
+
+Batches are planned from an index (key, length, image or not), so any shuffle, seed, world size and
+length grouping works on one cache, and a resumed run goes on with the very next sample.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from shared.cache import CachedSample
+from shared.errors import TrainingError, UnusableSample
+from shared.images import ImageProcessor, decode_image
+from shared.mobilevlm import NUM_VISION
+from shared.prompt import build_prompt
+from shared.record import Skipped
+from shared.samples import SampleEntry, TarIndex, index_tars, read_sample
+from shared.sequence import SequenceBatch, pad_sequences
+from shared.spec import CacheSpec
+from shared.tokenizer import Tokenizer
+from student_train.config import Recipe
+
+log = logging.getLogger(__name__)
+
+
+class TeacherSource(Protocol):
+    """Where teacher signals come from: a cache, or (in tests) a live teacher."""
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What it gives."""
+        ...
+
+    def keys(self) -> list[str]:
+        """Samples that it knows."""
+        ...
+
+    def num_tokens(self, key: str) -> int:
+        """Length of a sample's sequence."""
+        ...
+
+    def read(self, key: str) -> CachedSample:
+        """Signals of one sample."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Teacher signals of one batch, padded. A signal that is not used is None or absent."""
+
+    attention: dict[int, Float[Tensor, "N teacher_head Q V"]]
+    "Teacher layer -> A_tv of the samples with an image; padded rows are zero."
+    vision_tokens: Float[Tensor, "N V teacher_channel"] | None
+    "Projected vision tokens of the samples with an image."
+    top_ids: Int[Tensor, "R K"] | None
+    "Likeliest tokens at the batch's response positions, sample by sample."
+    top_logprobs: Float[Tensor, "R K"] | None
+    "Their log-probabilities in nats."
+    rest_logprobs: Float[Tensor, " R"] | None
+    "Log of the mass outside the top k; None if k is the vocabulary."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """One micro-batch."""
+
+    sequences: SequenceBatch
+    "Ids, labels, vision spans."
+    pixels: Float[Tensor, "N 3 S S"]
+    "Images of the samples that have one, in batch order."
+    targets: Targets | None
+    "Teacher signals; None in plain supervised training."
+    skipped: tuple[Skipped, ...]
+    "Samples that were to be in the batch but have a broken image."
+
+    @property
+    def row_mask(self) -> Bool[Tensor, "N Q"]:
+        """True for real text rows of the samples with an image."""
+        rows = self.sequences.num_text_rows[self.sequences.with_image]
+        longest = int(rows.max()) if len(rows) else 0
+        return torch.arange(longest, device=rows.device) < rows[:, None]
+
+    def to(self, device: torch.device) -> "TrainingBatch":
+        """The same batch on a device."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: move(item) for key, item in value.items()}
+            return None if value is None else value.to(device, non_blocking=True)
+
+        targets = self.targets and Targets(
+            **{f.name: move(getattr(self.targets, f.name)) for f in fields(self.targets)}
+        )
+        return TrainingBatch(
+            sequences=self.sequences.to(device),
+            pixels=move(self.pixels),
+            targets=targets,
+            skipped=self.skipped,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet(Dataset[list[int]]):
+    """Samples that can be trained on, by number. Indexing with a list of numbers gives a batch."""
+
+    entries: tuple[tuple[Path, SampleEntry], ...]
+    "(tar, where in it) of each sample, ordered by key."
+    lengths: npt.NDArray[np.int64]
+    "Tokens of each sample, vision tokens counted."
+    skipped: tuple[Skipped, ...]
+    "Samples that cannot be used."
+    recipe: Recipe
+    "Template, aspect and limit."
+    tokenizer: Tokenizer
+    "The student's."
+    processor: ImageProcessor
+    "The student's."
+    source: TeacherSource | None
+    "Teacher signals, or none."
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, numbers: Sequence[int]) -> TrainingBatch:  # type: ignore[override]
+        """The batch of these samples; one with a broken image is left out and listed."""
+        ids, labels, pixels, signals = [], [], [], []
+        skipped: list[Skipped] = []
+        for number in numbers:
+            tar, entry = self.entries[number]
+            try:
+                sample = read_sample(tar, entry)
+                if self.source is None:
+                    prompt = build_prompt(sample.conversation, self.recipe.template, self.tokenizer)
+                    sample_ids, sample_labels = prompt.input_ids, prompt.labels
+                else:
+                    cached = self.source.read(entry.key)
+                    sample_ids, sample_labels = cached.input_ids, cached.labels
+                if sample.image is not None:
+                    pixels.append(self.processor(decode_image(sample.image)))
+            except UnusableSample as reason:
+                skipped.append(Skipped(key=entry.key, reason=str(reason)))
+                continue
+            ids.append(sample_ids)
+            labels.append(sample_labels)
+            if self.source is not None:
+                signals.append(cached)
+        if not ids:
+            raise TrainingError(
+                f"no sample of a batch can be used: {skipped[0].key}: {skipped[0].reason}"
+            )
+        size = self.processor.size
+        return TrainingBatch(
+            sequences=pad_sequences(ids, labels),
+            pixels=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, 3, size, size),
+            targets=self._targets(signals) if self.source is not None else None,
+            skipped=tuple(skipped),
+        )
+
+    def _targets(self, signals: Sequence[CachedSample]) -> Targets:
+        """Padded signals; those of weight 0 are left out."""
+        assert self.source is not None
+        spec, loss = self.source.spec, self.recipe.loss
+        with_image = [sample for sample in signals if sample.vision_start is not None]
+        focus = loss.vision and loss.focus_tokens
+        layers = spec.attention_layers if loss.attention or focus else ()
+        attention = {
+            layer: _pad_rows([sample.attention[layer] for sample in with_image])
+            for layer in (layers if with_image else ())
+        }
+        vision = (
+            [s.vision_tokens for s in with_image if s.vision_tokens is not None]
+            if loss.vision
+            else []
+        )
+        use_kl = bool(loss.kl) and spec.logprobs is not None
+        return Targets(
+            attention=attention,
+            vision_tokens=torch.from_numpy(np.stack(vision)) if vision else None,
+            top_ids=_join([s.top_ids for s in signals], torch.long) if use_kl else None,
+            top_logprobs=_join([s.top_logprobs for s in signals]) if use_kl else None,
+            rest_logprobs=_join([s.rest_logprobs for s in signals]) if use_kl else None,
+        )
+
+
+def load_training_set(
+    tars: Sequence[Path],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    processor: ImageProcessor,
+    source: TeacherSource | None,
+) -> TrainingSet:
+    """Index the tars; with a source, take the samples that it knows and their lengths from it.
+
+    Without one, every sample's text is read once to find its length and whether it can be used.
+
+    Raises:
+        InputError: a tar cannot be read.
+        TrainingError: the source knows samples that the tars do not hold, or the reverse, or
+            nothing is left.
+    """
+    indexes, broken = index_tars(tars)
+    if broken:
+        raise broken[0]
+    skipped = [Skipped(key=key, reason=why) for i in indexes for key, why in i.skipped.items()]
+    where = {entry.key: (index.path, entry) for index in indexes for entry in index.samples}
+    if source is None:
+        lengths, more = _measure(indexes, recipe, tokenizer)
+        skipped += more
+    else:
+        lengths = _match(where, source)
+    if not lengths:
+        raise TrainingError(f"no sample in {len(tars)} tars can be used; {_reasons(skipped)}")
+    keys = sorted(lengths)
+    return TrainingSet(
+        entries=tuple(where[key] for key in keys),
+        lengths=np.array([lengths[key] for key in keys], dtype=np.int64),
+        skipped=tuple(skipped),
+        recipe=recipe,
+        tokenizer=tokenizer,
+        processor=processor,
+        source=source,
+    )
+
+
+def plan_epoch(
+    lengths: Int[np.ndarray, " samples"], recipe: Recipe, epoch: int
+) -> Int[np.ndarray, "steps global_batch"]:
+    """Sample numbers of each global batch of one epoch; a function of its arguments alone.
+
+    A last batch that is not full is left out; another epoch leaves out other samples.
+    """
+    random = np.random.default_rng((recipe.seed, epoch))
+    order = random.permutation(len(lengths))
+    steps = len(lengths) // recipe.global_batch
+    order = order[: steps * recipe.global_batch]
+    if recipe.group_by_length:
+        pool = 50 * recipe.global_batch  # sorted within pools, so that batches stay random
+        order = np.concatenate(
+            [
+                part[np.argsort(-lengths[part], kind="stable")]
+                for part in np.split(order, range(pool, len(order), pool))
+            ]
+        )
+        return random.permutation(order.reshape(steps, recipe.global_batch))
+    return order.reshape(steps, recipe.global_batch)
+
+
+def micro_batches(
+    training_set: TrainingSet, *, first_step: int, last_step: int, rank: int, world: int
+) -> Iterator[list[TrainingBatch]]:
+    """This process's micro-batches, step by step, from `first_step` on."""
+    recipe = training_set.recipe
+    each = recipe.global_batch // recipe.micro_batch // world
+
+    def plan() -> Iterator[list[int]]:
+        per_epoch = len(training_set) // recipe.global_batch
+        epoch, batches = -1, np.empty((0, 0), dtype=np.int64)
+        for step in range(first_step, last_step):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                batches = plan_epoch(training_set.lengths, recipe, epoch)
+            mine = batches[step % per_epoch][rank::world]
+            for part in mine.reshape(each, recipe.micro_batch):
+                yield part.tolist()
+
+    # batch_size None: the set makes whole batches itself.
+    loader: DataLoader[TrainingBatch] = DataLoader(
+        training_set,  # type: ignore[arg-type]
+        sampler=list(plan()),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=recipe.workers,
+        prefetch_factor=4 if recipe.workers else None,
+    )
+    step: list[TrainingBatch] = []
+    for batch in loader:
+        step.append(batch)
+        if len(step) == each:
+            yield step
+            step = []
+
+
+def _measure(
+    indexes: Sequence[TarIndex], recipe: Recipe, tokenizer: Tokenizer
+) -> tuple[dict[str, int], list[Skipped]]:
+    lengths: dict[str, int] = {}
+    skipped: list[Skipped] = []
+    everything = [(index.path, entry) for index in indexes for entry in index.samples]
+    for tar, entry in tqdm(everything, unit="sample", desc="read texts", delay=2):
+        try:
+            sample = read_sample(tar, entry)
+            prompt = build_prompt(sample.conversation, recipe.template, tokenizer)
+            length = prompt.num_tokens(NUM_VISION)
+            if length > recipe.max_tokens:
+                raise UnusableSample(f"{length} tokens, at most {recipe.max_tokens}")  # noqa: TRY301
+            lengths[entry.key] = length
+        except UnusableSample as reason:
+            skipped.append(Skipped(key=entry.key, reason=str(reason)))
+    return lengths, skipped
+
+
+def _match(where: Mapping[str, object], source: TeacherSource) -> dict[str, int]:
+    """Lengths of the samples that are in the tars and in the cache."""
+    known = source.keys()
+    absent = [key for key in known if key not in where]
+    if absent and len(absent) == len(known):
+        raise TrainingError(
+            f"none of the cache's {len(known)} samples is in --data (the first: {absent[0]!r}); "
+            "give the tars that the cache was built from"
+        )
+    if absent:
+        log.info("%d of the cache's %d samples are not in --data", len(absent), len(known))
+    return {key: source.num_tokens(key) for key in known if key in where}
+
+
+def _reasons(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return "they are empty"
+    return "; ".join(f"{sample.key}: {sample.reason}" for sample in skipped[:3])
+
+
+def _pad_rows(pieces: Sequence[npt.NDArray[np.float32]]) -> Tensor:
+    """[H, Q, V] arrays of different Q as one [N, H, Q, V] tensor, zeros behind the shorter."""
+    longest = max(piece.shape[1] for piece in pieces)
+    heads, _, columns = pieces[0].shape
+    padded = np.zeros((len(pieces), heads, longest, columns), dtype=np.float32)
+    for row, piece in enumerate(pieces):
+        padded[row, :, : piece.shape[1]] = piece
+    return torch.from_numpy(padded)
+
+
+def _join(
+    pieces: Sequence[npt.NDArray[Any] | None], dtype: torch.dtype = torch.float32
+) -> Tensor | None:
+    present = [piece for piece in pieces if piece is not None]
+    return torch.from_numpy(np.concatenate(present)).to(dtype) if present else None

@@ -1,0 +1,188 @@
+"""Held-out evaluation: supervised loss, and exact match of greedy answers.
+
+Every question of a conversation is asked with the true conversation before it; an answer counts if
+its text is exactly the true one, spaces around it aside.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shared.conversation import Conversation
+from shared.errors import TrainingError, UnusableSample
+from shared.images import ImageProcessor, decode_image
+from shared.mobilevlm import MobileVLM
+from shared.prompt import IGNORE, Prompt, build_prompt, question_ids
+from shared.samples import index_tars, read_samples
+from shared.sequence import pad_sequences
+from shared.spec import Template
+from shared.tokenizer import Tokenizer
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutSample:
+    """One sample, ready to be scored."""
+
+    key: str
+    "WebDataset key."
+    conversation: Conversation
+    "Questions and true answers."
+    prompt: Prompt
+    "Ids and labels."
+    pixels: Tensor | None
+    "[3, S, S] of its image."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Sums, so that processes can add theirs up."""
+
+    nats: float = 0.0
+    "Summed cross entropy at response positions."
+    positions: int = 0
+    "Response positions."
+    right: int = 0
+    "Answers that match."
+    answers: int = 0
+    "Answers asked for; 0 for template plain, which asks nothing."
+    skipped: int = 0
+    "Samples that cannot be used."
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy in nats per response position."""
+        return self.nats / max(1, self.positions)
+
+    @property
+    def exact_match(self) -> float | None:
+        """Share of answers that match, 0..1; None if none were asked for."""
+        return self.right / self.answers if self.answers else None
+
+    def __add__(self, other: "Scores") -> "Scores":
+        return Scores(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
+
+
+class HeldOutSet:
+    """Held-out samples of some tars, read again at every evaluation so that memory stays small."""
+
+    def __init__(
+        self,
+        tars: Sequence[Path],
+        *,
+        template: Template,
+        max_tokens: int,
+        tokenizer: Tokenizer,
+        processor: ImageProcessor,
+        limit: int | None,
+        max_new_tokens: int,
+    ) -> None:
+        """Index the tars.
+
+        Raises:
+            InputError: a tar cannot be read.
+            TrainingError: the tars hold no sample.
+        """
+        indexes, broken = index_tars(tars)
+        if broken:
+            raise broken[0]
+        self._entries = [(index, entry) for index in indexes for entry in index.samples][:limit]
+        if not self._entries:
+            raise TrainingError(f"no sample in {len(tars)} held-out tars")
+        self._template, self._max_tokens = template, max_tokens
+        self._tokenizer, self._processor = tokenizer, processor
+        self._max_new_tokens = max_new_tokens
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @torch.inference_mode()
+    def score(self, model: MobileVLM, *, rank: int = 0, world: int = 1) -> Scores:
+        """Scores of this process's share of the samples."""
+        training = model.training
+        model.eval()
+        total = Scores()
+        mine = self._entries[rank::world]
+        with tqdm(total=len(mine), unit="sample", desc="evaluate", delay=2, disable=rank > 0, leave=False) as bar:
+            for start in range(0, len(mine), _BATCH):
+                samples: list[HeldOutSample] = []
+                for index, entry in mine[start : start + _BATCH]:
+                    ((_, sample),) = read_samples(index, [entry])
+                    try:
+                        if isinstance(sample, UnusableSample):
+                            raise sample
+                        samples.append(self._prepare(sample.key, sample.conversation, sample.image))
+                    except UnusableSample:
+                        total += Scores(skipped=1)
+                if samples:
+                    total += self._score_batch(model, samples)
+                bar.update(len(mine[start : start + _BATCH]))
+        model.train(training)
+        return total
+
+    def answers(self, model: MobileVLM, samples: Sequence[HeldOutSample]) -> list[list[str]]:
+        """Greedy answers to every question of each sample."""
+        vision = encode(model, samples)
+        asked = [
+            (number, question_ids(sample.conversation.turns[: turn + 1], self._tokenizer))
+            for number, sample in enumerate(samples)
+            for turn in range(0, len(sample.conversation.turns), 2)
+        ]
+        found = model.generate(
+            [ids for _, ids in asked],
+            [vision[number] for number, _ in asked],
+            max_new_tokens=self._max_new_tokens,
+        )
+        texts: list[list[str]] = [[] for _ in samples]
+        for (number, _), ids in zip(asked, found, strict=True):
+            texts[number].append(self._tokenizer.decode(ids, skip_special_tokens=True).strip())
+        return texts
+
+    def _prepare(self, key: str, conversation: Conversation, image: bytes | None) -> HeldOutSample:
+        prompt = build_prompt(conversation, self._template, self._tokenizer)
+        if prompt.num_tokens(144) > self._max_tokens:
+            raise UnusableSample("too long")
+        pixels = None
+        if image is not None:
+            pixels = torch.from_numpy(self._processor(decode_image(image)))
+        return HeldOutSample(key=key, conversation=conversation, prompt=prompt, pixels=pixels)
+
+    def _score_batch(self, model: MobileVLM, samples: Sequence[HeldOutSample]) -> Scores:
+        nats, positions = supervised_loss(model, samples)
+        right = answers = 0
+        if self._template == "v1":
+            for sample, given in zip(samples, self.answers(model, samples), strict=True):
+                true = [turn.text.strip() for turn in sample.conversation.turns[1::2]]
+                right += sum(one == other for one, other in zip(given, true, strict=True))
+                answers += len(true)
+        return Scores(nats=nats, positions=positions, right=right, answers=answers)
+
+
+def supervised_loss(model: MobileVLM, samples: Sequence[HeldOutSample]) -> tuple[float, int]:
+    """(summed cross entropy in nats, response positions)."""
+    device = next(model.parameters()).device
+    batch = pad_sequences(
+        [s.prompt.input_ids for s in samples], [s.prompt.labels for s in samples]
+    ).to(device)
+    vision = [tokens for tokens in encode(model, samples) if tokens is not None]
+    stacked = torch.stack(vision) if vision else torch.zeros(0, 1, model.width, device=device)
+    embeds = model.embed(batch.ids, batch.vision_mask, stacked)
+    hidden = model.llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    labels = batch.labels.roll(-1, 1)[batch.response_mask]
+    assert not bool((labels == IGNORE).any())
+    logits = model.llm.lm_head(hidden[batch.response_mask]).float()
+    nats = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return float(nats), len(labels)
+
+
+def encode(model: MobileVLM, samples: Sequence[HeldOutSample]) -> list[Tensor | None]:
+    """Vision tokens of each sample, None for text only."""
+    device = next(model.parameters()).device
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    encoded = iter(model.encode_images(torch.stack(pixels).to(device)) if pixels else ())
+    return [None if sample.pixels is None else next(encoded) for sample in samples]

@@ -1,0 +1,88 @@
+"""The Align-KD losses (Feng et al., CVPR 2025, arXiv:2412.01282, as `docs/method.md` states them).
+
+Every function compares one student signal with one teacher signal. Means over a batch are not taken
+here: a term is a *sum* over samples or response positions, and the training loop divides it by the
+count of the whole global batch, so that the same batch gives the same loss and gradient however it
+is split over micro-batches and processes.
+
+Axes: N sample with an image, H student head, Q text row, V vision token, C student channel,
+R response position, K cached top-k entry.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+def cross_entropy(
+    logits: Float[Tensor, "R vocab"], labels: Int[Tensor, " R"]
+) -> Float[Tensor, " R"]:
+    """L_sup: next-token cross entropy in nats, per response position."""
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def topk_kl(
+    logits: Float[Tensor, "R vocab"],
+    top_ids: Int[Tensor, "R K"],
+    top_logprobs: Float[Tensor, "R K"],
+    rest_logprobs: Float[Tensor, " R"] | None,
+    direction: str,
+) -> Float[Tensor, " R"]:
+    """L_rkl: KL between student and teacher in nats, per response position, temperature 1.
+
+    Outside the cached top k only the teacher's total mass is known, so the rest of the vocabulary is
+    compared as one bucket. This is a lower bound of the full KL, exact when k is the vocabulary.
+
+    Args:
+        rest_logprobs: log of the teacher's mass outside the top k; None if k is the vocabulary.
+        direction: `reverse` is KL(student || teacher), the paper's; `forward` is
+            KL(teacher || student).
+    """
+    everything = logits.float().log_softmax(dim=-1)
+    student = everything.gather(-1, top_ids)
+    teacher = top_logprobs.float()
+    if rest_logprobs is not None:
+        rest = everything.scatter(-1, top_ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
+        student = torch.cat([student, rest], dim=-1)
+        teacher = torch.cat([teacher, rest_logprobs.float()[:, None]], dim=-1)
+    if direction == "forward":
+        student, teacher = teacher, student
+    return (student.exp() * (student - teacher)).sum(dim=-1)
+
+
+def attention_mse(
+    student: Float[Tensor, "N H Q V"],
+    teacher: Float[Tensor, "N H Q V"],
+    row_mask: Bool[Tensor, "N Q"],
+) -> Float[Tensor, " N"]:
+    """L_attn: mean squared error of A_tv over a sample's heads, text rows and vision tokens.
+
+    Args:
+        teacher: through the adapter, so that it has the student's heads.
+        row_mask: True for rows that are text; padded rows hold anything.
+    """
+    row_NQ = (student.float() - teacher.float()).square().mean(dim=(1, 3))
+    # where, not `*`: padding may hold inf or NaN, and 0 * inf is NaN.
+    return torch.where(row_mask, row_NQ, 0).sum(dim=1) / row_mask.sum(dim=1)
+
+
+def vision_mse(
+    student: Float[Tensor, "N V C"], teacher: Float[Tensor, "N V C"]
+) -> Float[Tensor, "N V"]:
+    """Squared error per vision token, averaged over channels; L_v_all is its mean over V.
+
+    Args:
+        teacher: through the adapter, so that it has the student's width.
+    """
+    return (student.float() - teacher.float()).square().mean(dim=2)
+
+
+def focused_vision(
+    attention: Float[Tensor, "N teacher_head Q V"], row_mask: Bool[Tensor, "N Q"], top: int
+) -> Int[Tensor, "N top"]:
+    """Indices of the vision tokens that each sample's text looks at most, over all heads.
+
+    L_v_focus is the mean of `vision_mse` over these.
+    """
+    weight_NQV = torch.where(row_mask[:, :, None], attention.float().mean(dim=1), 0)
+    return weight_NQV.sum(dim=1).topk(top, dim=-1).indices

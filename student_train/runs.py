@@ -1,0 +1,159 @@
+"""A run's folder: its settings, checkpoints, logs and export.
+
+    OUT/run.json                      recipe and identities; compared when the run is resumed
+    OUT/log.jsonl, OUT/tensorboard/   what happened, step by step
+    OUT/checkpoints/step-00000500/    everything that a resumed run needs (this run's own, not to be
+                                      shared: accelerate stores random states as pickle)
+    OUT/export/                       the student in the published layout
+    OUT/adapters.safetensors          the adapters, for a next stage
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from shared.checkpoint import copy_settings, write_weights
+from shared.errors import TrainingError
+from shared.mobilevlm import MobileVLM
+from shared.record import differences
+from shared.store import put_file
+from student_train.config import WATCHING
+from student_train.student import Adapters
+
+
+class RunFolder:
+    """Where one run keeps what it makes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        "The folder."
+
+    def begin(self, settings: Mapping[str, Any], *, resume: bool, write: bool) -> Path | None:
+        """Claim the folder; the checkpoint to go on from, if there is one.
+
+        Args:
+            settings: recipe and identities of what the run uses.
+            resume: whether an earlier run may be continued.
+            write: whether this process writes (one of them does).
+
+        Raises:
+            TrainingError: the folder holds a run and `resume` is off, or that run's settings differ.
+        """
+        file = self.path / "run.json"
+        if file.is_file():
+            if not resume:
+                raise TrainingError(
+                    f"{self.path}: holds a run already; --resume continues it, another --out starts "
+                    "a new one"
+                )
+            self._compare(json.loads(file.read_bytes()), settings)
+        if write:
+            put_file(file, json.dumps(settings, indent=1).encode())
+        return self.newest_checkpoint()
+
+    def newest_checkpoint(self) -> Path | None:
+        """The last whole checkpoint."""
+        found = self.checkpoints()
+        return found[-1] if found else None
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first; one that was cut short has no final name."""
+        return sorted((self.path / "checkpoints").glob("step-" + "[0-9]" * 8))
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step is to lie."""
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def commit_checkpoint(self, partial: Path, step: int, keep: int) -> None:
+        """Give a written checkpoint its final name, then delete the oldest ones."""
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        partial.replace(self.checkpoint_path(step))
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+
+    def cut_log(self, step: int) -> None:
+        """Drop log lines of steps that a resumed run does again."""
+        file = self.path / "log.jsonl"
+        if file.is_file():
+            lines = file.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            put_file(file, "".join(f"{line}\n" for line in kept).encode())
+
+    def _compare(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        unequal = [
+            found
+            for found in differences(there, here)
+            if found[0].removeprefix("recipe.") not in WATCHING
+        ]
+        if unequal:
+            name, old, new = unequal[0]
+            raise TrainingError(
+                f"{self.path}: cannot be resumed: {name} was {old!r} and is {new!r} now; use what "
+                "the run began with, or another --out"
+            )
+
+
+def export_student(
+    model: MobileVLM, source: Path, folder: Path, *, form: str, lineage: Mapping[str, Any]
+) -> None:
+    """Write the student in the published layout: names, keys and config fields.
+
+    Args:
+        source: the folder that the student was loaded from; its tokenizer goes along.
+        form: `bin` or `safetensors`.
+        lineage: what the student was trained with, written beside it as `distillation.json`.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    copy_settings(source, partial, leave_out=("config.json",))
+    config = dict(model.config.published)
+    tower = source / str(config.get("mm_vision_tower"))
+    if tower.is_dir():  # a tower that travels inside the folder: its settings go along
+        shutil.copytree(
+            tower, partial / tower.name, ignore=shutil.ignore_patterns("*.bin", "*.safetensors")
+        )
+    write_weights(partial, model.published_state(), form)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (partial / "distillation.json").write_text(json.dumps(lineage, indent=1) + "\n")
+    partial.replace(folder)
+
+
+def save_adapters(adapters: Adapters, path: Path) -> None:
+    """Adapters as safetensors, for a next stage."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in adapters.state_dict().items()}, path)
+
+
+def load_adapters(adapters: Adapters, path: Path) -> None:
+    """Adapters of an earlier stage.
+
+    Raises:
+        TrainingError: they do not fit this teacher and student.
+    """
+    try:
+        state = load_file(path)
+        adapters.load_state_dict(state)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error})") from error
+    except RuntimeError as error:
+        found = {name: list(tensor.shape) for name, tensor in state.items()}
+        wanted = {name: list(tensor.shape) for name, tensor in adapters.state_dict().items()}
+        raise TrainingError(f"{path}: adapters {found} do not fit, expected {wanted}") from error
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that was cut short
+

@@ -1,0 +1,178 @@
+"""From names on a command line to a run: load, compare, train, export."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from shared.cache import Cache, open_cache
+from shared.checkpoint import ModelFolder, weights_digest
+from shared.errors import ConfigError
+from shared.images import ImageProcessor
+from shared.mobilevlm import MobileVLM, load_model
+from shared.record import compare
+from shared.samples import expand_tars
+from shared.spec import canonical_digest
+from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
+from student_train.config import Recipe
+from student_train.data import load_training_set
+from student_train.evaluate import HeldOutSet
+from student_train.loop import Outcome, make_accelerator, train
+from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
+from student_train.student import AlignedStudent, TeacherShape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run is made from, as named by a person."""
+
+    data: Sequence[str]
+    "Training tars: paths, brace ranges, globs."
+    eval_data: Sequence[str]
+    "Held-out tars; may be empty."
+    student: str
+    "MobileVLM or Llama folder, or hub id."
+    vision_tower: str | None
+    "CLIP folder or hub id, if the student's config does not say."
+    cache: Path | None
+    "Teacher cache; None for plain supervised training."
+    adapters: Path | None
+    "Adapters of an earlier stage."
+
+
+def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu: bool) -> Outcome:
+    """One run, from start or checkpoint to export.
+
+    Raises:
+        ProjectError: anything that does not fit; both values are named.
+    """
+    accelerator = make_accelerator(recipe, cpu=cpu)
+    torch.manual_seed(recipe.seed)
+    folder = ModelFolder(inputs.student)
+    cache = open_cache(inputs.cache) if inputs.cache else None
+    model = load_model(folder, inputs.vision_tower)
+    tokenizer = load_tokenizer(folder.path)
+    processor = ImageProcessor(model.config.tower_folder, recipe.image_aspect)
+    if cache is not None:
+        check_fit(cache, recipe, tokenizer, model, inputs.student)
+    student = _make_student(model, recipe, cache, inputs.adapters)
+    run = RunFolder(out)
+    settings = {
+        "recipe": recipe.to_dict(),
+        "student_weights": weights_digest(student.state_dict()),
+        "cache": cache_identity(cache) if cache else None,
+    }
+    checkpoint = run.begin(settings, resume=resume, write=accelerator.is_main_process)
+    training_set = load_training_set(
+        expand_tars(inputs.data), recipe, tokenizer, processor, cache
+    )
+    log.info(
+        "samples=%d skipped=%d processes=%d device=%s", len(training_set),
+        len(training_set.skipped), accelerator.num_processes, accelerator.device,
+    )  # fmt: skip
+    for sample in training_set.skipped[:20]:
+        log.warning("skipped=%s reason=%s", sample.key, sample.reason)
+    held_out = _held_out(inputs, recipe, tokenizer, processor)
+    outcome = train(student, training_set, held_out, run, accelerator, checkpoint)
+    if accelerator.is_main_process:
+        _export(accelerator, student, folder, run, recipe, settings)
+    accelerator.end_training()
+    return outcome
+
+
+def check_fit(
+    cache: Cache, recipe: Recipe, tokenizer: Tokenizer, model: MobileVLM, student: str
+) -> None:
+    """Refuse a cache and a student that see different sequences.
+
+    Raises:
+        MismatchError: tokenizer, template, image aspect, limit or vision tokens; both values named.
+    """
+    from shared.mobilevlm import NUM_VISION
+
+    spec = cache.spec
+    there = {
+        "template": spec.template,
+        "image_aspect": spec.image_aspect,
+        "tokenizer": cache.identity["tokenizer"],
+        "vision_tokens": cache.identity["teacher"]["vision_tokens"],
+    }
+    here = {
+        "template": recipe.template,
+        "image_aspect": recipe.image_aspect,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "vision_tokens": NUM_VISION,
+    }
+    advice = (
+        f"The student ({student}) must see exactly the sequences that the teacher saw: change the "
+        "recipe, or build a cache for this student."
+    )
+    compare(f"cache {cache.root}", there, here, advice)
+    vocabulary = int(model.llm.config.vocab_size)
+    if spec.logprobs is not None and cache.identity["teacher"]["vocab_size"] != vocabulary:
+        compare(
+            f"cache {cache.root}",
+            {"vocab_size": cache.identity["teacher"]["vocab_size"]}, {"vocab_size": vocabulary},
+            advice,
+        )  # fmt: skip
+
+
+def cache_identity(cache: Cache) -> dict[str, Any]:
+    """What names a cache in the runs that use it: its identity and the shards' data."""
+    files = {name: {f: s.sha256 for f, s in r.files.items()} for name, r in cache.records.items()}
+    return {"digest": canonical_digest(files), "samples": len(cache), **cache.identity}
+
+
+def _make_student(
+    model: MobileVLM, recipe: Recipe, cache: Cache | None, adapters: Path | None
+) -> AlignedStudent:
+    if cache is None:
+        if adapters is not None:
+            raise ConfigError("--adapters needs --cache: without a teacher there is nothing to adapt")
+        return AlignedStudent(model, recipe.loss, train_tower=recipe.train_tower)
+    student = AlignedStudent(
+        model, recipe.loss, teacher=TeacherShape.of(cache.identity), spec=cache.spec,
+        train_tower=recipe.train_tower,
+    )  # fmt: skip
+    if adapters is not None and student.adapters is not None:
+        load_adapters(student.adapters, adapters)
+    return student
+
+
+def _held_out(
+    inputs: Inputs, recipe: Recipe, tokenizer: Tokenizer, processor: ImageProcessor
+) -> HeldOutSet | None:
+    if not inputs.eval_data:
+        return None
+    return HeldOutSet(
+        expand_tars(inputs.eval_data),
+        template=recipe.template,
+        max_tokens=recipe.max_tokens,
+        tokenizer=tokenizer,
+        processor=processor,
+        limit=recipe.eval_samples,
+        max_new_tokens=recipe.max_new_tokens,
+    )
+
+
+def _export(
+    accelerator: Accelerator,
+    student: AlignedStudent,
+    folder: ModelFolder,
+    run: RunFolder,
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+) -> None:
+    bare: AlignedStudent = accelerator.unwrap_model(student)
+    if bare.adapters is not None:
+        save_adapters(bare.adapters, run.path / "adapters.safetensors")
+    export_student(
+        bare.model, folder.path, run.path / "export", form=recipe.export_weights, lineage=settings
+    )
+    log.info("exported=%s", run.path / "export")

@@ -97,7 +97,10 @@ def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildRepor
     pending = find_pending(builder.identity, indexes, out)
     built = samples = skipped = 0
     total = sum(len(index.samples) + len(index.skipped) for index in pending)
-    with tqdm(total=total, unit="sample", desc="build", smoothing=0.05) as bar, logging_redirect_tqdm():
+    with (
+        tqdm(total=total, unit="sample", desc="build", smoothing=0.05) as bar,
+        logging_redirect_tqdm(),
+    ):
         written = 0
         for index in pending:
             record = _build_shard(builder, index, out, bar.update)

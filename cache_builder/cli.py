@@ -100,9 +100,7 @@ def pack(annotations: Path, images: Path, out: Path, samples_per_tar: int, prefi
     """
     from cache_builder.pack import pack as pack_tars
 
-    report = pack_tars(
-        annotations, images, out, samples_per_tar=samples_per_tar, prefix=prefix
-    )
+    report = pack_tars(annotations, images, out, samples_per_tar=samples_per_tar, prefix=prefix)
     click.echo(f"{out}: {report.tars} tars, {report.samples} samples, {report.images} images")
 
 

@@ -96,9 +96,7 @@ def _signals(
     responses = sum(int((s.prompt.labels[1:] != -100).sum()) for s in samples)
     tokens = sum(len(s.prompt.input_ids) for s in samples)
     llama = config.llama
-    signals = [
-        SignalSize(signal="sequence", unit="token", unit_bytes=8, units=tokens * scale)
-    ]
+    signals = [SignalSize(signal="sequence", unit="token", unit_bytes=8, units=tokens * scale)]
     if spec.attention is not None:
         width = ENCODINGS[spec.attention.encoding].bytes_per_value
         row = len(spec.attention.layers) * llama.num_attention_heads * NUM_VISION * width
@@ -109,17 +107,17 @@ def _signals(
         width = ENCODINGS[spec.vision_tokens.encoding].bytes_per_value
         image = NUM_VISION * llama.hidden_size * width
         signals.append(
-            SignalSize(
-                signal="vision tokens", unit="image", unit_bytes=image, units=images * scale
-            )
+            SignalSize(signal="vision tokens", unit="image", unit_bytes=image, units=images * scale)
         )
     if spec.logprobs is not None:
         width = ENCODINGS[spec.logprobs.encoding].bytes_per_value
         position = spec.logprobs.top_k * (4 + width) + 4
         signals.append(
             SignalSize(
-                signal="log-probabilities", unit="response position", unit_bytes=position,
+                signal="log-probabilities",
+                unit="response position",
+                unit_bytes=position,
                 units=responses * scale,
-            )  # fmt: skip
+            )
         )
     return signals

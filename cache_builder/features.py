@@ -98,7 +98,7 @@ def compute_features(
     spec: CacheSpec,
     *,
     batch_size: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> ShardFeatures:
     """Run the teacher over prepared samples.
 
@@ -234,7 +234,9 @@ def _split(signals: Signals, batch: SequenceBatch) -> Iterator[_Raw]:
         has_image, num_rows = bool(batch.with_image[row]), int(batch.num_text_rows[row])
         stop = response + int(batch.response_mask[row].sum())
         yield _Raw(
-            attention={k: v[image, :, :num_rows] for k, v in attention.items()} if has_image else {},
+            attention={k: v[image, :, :num_rows] for k, v in attention.items()}
+            if has_image
+            else {},
             top_ids=None if top_ids is None else top_ids[response:stop],
             top_logprobs=None if top_logprobs is None else top_logprobs[response:stop],
             rest_logprobs=None if rest is None else rest[response:stop],

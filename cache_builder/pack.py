@@ -97,7 +97,9 @@ def _image_path(entry: Mapping[str, Any], images: Path) -> Path | None:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise InputError(f"sample {entry['id']!r}: image {name!r} leaves the image folder")
     if PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"sample {entry['id']!r}: image {name!r} is none of {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(
+            f"sample {entry['id']!r}: image {name!r} is none of {', '.join(IMAGE_SUFFIXES)}"
+        )
     if not (images / name).is_file():
         raise InputError(f"sample {entry['id']!r}: no image {images / name}")
     return images / name

@@ -59,7 +59,9 @@ def summarise(root: Path) -> Summary:
     records = read_records(root)
     planned = _planned(root)
     if not records and not planned:
-        raise CacheError(f"{root}: no cache here (neither records nor plans); see build-cache --help")
+        raise CacheError(
+            f"{root}: no cache here (neither records nor plans); see build-cache --help"
+        )
     for record in records.values():
         spec_of(record)
     reasons = Counter(s.reason for record in records.values() for s in record.skipped)

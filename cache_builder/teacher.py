@@ -4,7 +4,8 @@ First-layer attention and vision tokens need the tower, the projector, the token
 layer's norm, q and k projections: about 1/200 of a 7B decoder's arithmetic. Tensors that the spec
 does not need are not read, and the files that hold only those need not exist.
 
-Axes: B sample, N image, H head, Q text row, V vision token, C channel, R response position, K top-k.
+Axes: B sample, N image, H head, Q text row, V vision token, C channel, R response position,
+K top-k entry.
 """
 
 from collections.abc import Iterator
@@ -109,13 +110,14 @@ class Teacher:
         """
         batch = batch.to(self._device)
         attention: dict[int, Tensor] = {}
-        hidden = None
+        last = None
         for hidden, layer, caught in self._decode(batch, vision.to(self._device)):
+            last = hidden
             if caught is not None and bool(batch.with_image.any()):
                 attention[layer] = _image_attention(caught, batch)
         top_ids = top_logprobs = rest = None
-        if self._spec.logprobs is not None and hidden is not None:
-            final = self._model.llm.model.norm(hidden)[batch.response_mask]
+        if self._spec.logprobs is not None and last is not None:
+            final = self._model.llm.model.norm(last)[batch.response_mask]
             logits = self._model.llm.lm_head(final)
             top_ids, top_logprobs, rest = top_k(logits, self._spec.logprobs.top_k)
         return Signals(
@@ -125,7 +127,7 @@ class Teacher:
     def _decode(
         self, batch: SequenceBatch, vision: Tensor
     ) -> Iterator[tuple[Tensor, int, QueryKey | None]]:
-        """(output, layer number, its queries and keys if wanted), layer by layer, no deeper than needed."""
+        """(output, layer number, its queries and keys if wanted), no deeper than needed."""
         llama = self._model.llm.model
         wanted = self._spec.attention_layers
         if not wanted and self._spec.logprobs is None:
@@ -143,16 +145,14 @@ class Teacher:
                 )
             deepest = self._spec.logprobs is None and number == max(wanted)
             if not deepest:
-                hidden = layer(
-                    hidden, position_embeddings=(cos, sin), position_ids=position_ids
-                )
+                hidden = layer(hidden, position_embeddings=(cos, sin), position_ids=position_ids)
             yield hidden, number, caught
 
 
 def top_k(
     logits: Float[Tensor, "R vocab"], k: int
 ) -> tuple[Int[Tensor, "R K"], Float[Tensor, "R K"], Float[Tensor, " R"] | None]:
-    """Ids and log-probabilities of the k largest, and the log-probability of all others together."""
+    """Ids and log-probabilities of the k largest, and the log-probability of all others."""
     logprobs = logits.float().log_softmax(dim=-1)
     top_logprobs, top_ids = logprobs.topk(k, dim=-1)
     if k == logits.shape[-1]:
@@ -176,7 +176,8 @@ def check_spec(spec: CacheSpec, config: VLMConfig) -> None:
         )
     if spec.logprobs is not None and spec.logprobs.top_k > vocabulary:
         raise ConfigError(
-            f"spec: top_k {spec.logprobs.top_k}, but the teacher's vocabulary has {vocabulary} tokens"
+            f"spec: top_k {spec.logprobs.top_k}, but the teacher's vocabulary has {vocabulary} "
+            "tokens"
         )
 
 
@@ -219,19 +220,17 @@ def teacher_facts(config: VLMConfig) -> dict[str, int]:
 
 def config_digest(config: VLMConfig) -> str:
     """sha256 over the fields of config.json and of the tower's config that can change a value."""
-    published = {
-        key: value for key, value in config.published.items() if key not in _COSMETIC
-    }
+    published = {key: value for key, value in config.published.items() if key not in _COSMETIC}
     published.pop("mm_vision_tower", None)  # a path or an id; the tower's own config is hashed
-    tower = {
-        key: value for key, value in config.tower.to_dict().items() if key not in _COSMETIC
-    }
+    tower = {key: value for key, value in config.tower.to_dict().items() if key not in _COSMETIC}
     return canonical_digest({"model": published, "tower": tower})
 
 
 def _image_attention(caught: QueryKey, batch: SequenceBatch) -> Tensor:
     keep = batch.with_image
-    chosen = QueryKey(query=caught.query[keep], key=caught.key[keep], cos=caught.cos, sin=caught.sin)
+    chosen = QueryKey(
+        query=caught.query[keep], key=caught.key[keep], cos=caught.cos, sin=caught.sin
+    )
     rows = int(batch.num_text_rows.max())
     return text_to_vision(chosen, batch.vision_start[keep], batch.lengths[keep], rows)
 

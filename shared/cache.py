@@ -114,9 +114,7 @@ class Cache:
             rest_logprobs=rest,
         )
 
-    def _attention(
-        self, reader: ShardReader, row: int
-    ) -> dict[int, npt.NDArray[np.float32]]:
+    def _attention(self, reader: ShardReader, row: int) -> dict[int, npt.NDArray[np.float32]]:
         spec = self.spec.attention
         if spec is None:
             return {}
@@ -183,7 +181,7 @@ def open_cache(path: str | Path) -> Cache:
     for record in others:
         compare(
             f"{root}: shard {record.name}", record.identity, first.identity,
-            f"Shard {first.name} is the other side; keep builds that differ in folders of their own.",
+            f"Shard {first.name} is the other side; keep builds that differ in their own folders.",
         )  # fmt: skip
     return Cache(root, records)
 

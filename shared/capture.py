@@ -7,7 +7,7 @@ rows are computed from those; every layer, the caught ones included, keeps its f
 Axes: B sample, H head, T token, D head channel, Q text row, V vision token.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,12 +63,13 @@ def text_to_vision(
     weight_BHQV = weight_BHQT.gather(
         3, column_BV[:, None, None, :].expand(-1, weight_BHQT.shape[1], num_rows, -1)
     )
-    return weight_BHQV * real_BQ[:, None, :, None]
+    rows_BHQV: Tensor = weight_BHQV * real_BQ[:, None, :, None]
+    return rows_BHQV
 
 
 def _rotate(caught: QueryKey, head_dim: int) -> tuple[Tensor, Tensor]:
-    query = caught.query.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-    key = caught.key.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    query = caught.query.reshape(*caught.query.shape[:2], -1, head_dim).transpose(1, 2)
+    key = caught.key.reshape(*caught.key.shape[:2], -1, head_dim).transpose(1, 2)
     rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, caught.cos, caught.sin)
     return rotated
 
@@ -100,10 +101,12 @@ def catch_query_key(
 def _hook(
     attention: LlamaAttention, found: dict[str, Tensor]
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    def positions(_module: nn.Module, _args: object, kwargs: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def positions(
+        _module: nn.Module, _args: object, kwargs: dict[str, tuple[Tensor, Tensor]]
+    ) -> None:
         found["cos"], found["sin"] = kwargs["position_embeddings"]
 
-    def keep(name: str) -> "object":
+    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
             found[name] = output
 
@@ -111,6 +114,6 @@ def _hook(
 
     return [
         attention.register_forward_pre_hook(positions, with_kwargs=True),
-        attention.q_proj.register_forward_hook(keep("query")),  # type: ignore[arg-type]
-        attention.k_proj.register_forward_hook(keep("key")),  # type: ignore[arg-type]
+        attention.q_proj.register_forward_hook(keep("query")),
+        attention.k_proj.register_forward_hook(keep("key")),
     ]

@@ -66,7 +66,9 @@ class ModelFolder:
                 return dict(_read_json(index)["weight_map"])
             if self._find(single):
                 return dict.fromkeys(self._names_in(single), single)
-        raise CheckpointError(f"{self.name}: no weights ({', '.join(_WEIGHTS)} or their .index.json)")
+        raise CheckpointError(
+            f"{self.name}: no weights ({', '.join(_WEIGHTS)} or their .index.json)"
+        )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors; only the files that hold them are opened.
@@ -77,7 +79,9 @@ class ModelFolder:
         wanted, files = list(names), self.tensor_files()
         missing = sorted(set(wanted) - set(files))
         if missing:
-            raise CheckpointError(f"{self.name}: {len(missing)} tensors are missing: {_few(missing)}")
+            raise CheckpointError(
+                f"{self.name}: {len(missing)} tensors are missing: {_few(missing)}"
+            )
         by_file: dict[str, list[str]] = {}
         for name in wanted:
             by_file.setdefault(files[name], []).append(name)

@@ -9,7 +9,7 @@ import io
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -17,9 +17,6 @@ from PIL import Image, UnidentifiedImageError
 
 from shared.errors import CheckpointError, UnusableSample
 from shared.spec import Aspect
-
-if TYPE_CHECKING:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -93,6 +90,11 @@ class ImageProcessor:
             "aspect": self._aspect,
         }
 
+    @property
+    def size(self) -> int:
+        """Edge of the square that comes out, in pixels."""
+        return int(self._processor.crop_size["height"])
+
     def __call__(self, image: Image.Image) -> Float32[np.ndarray, "3 S S"]:
         """Normalised pixels of one RGB image."""
         if self._aspect == "pad":
@@ -109,5 +111,3 @@ def pad_to_square(image: Image.Image, mean: Any) -> Image.Image:
     square = Image.new("RGB", (size, size), tuple(int(value * 255) for value in mean))
     square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return square
-
-

@@ -53,9 +53,7 @@ MULTIMODAL_FIELDS = {
 class _FeatureIR(nn.Module):
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(num_in, num_out), nn.GELU(), nn.Linear(num_out, num_out)
-        )
+        self.mlp = nn.Sequential(nn.Linear(num_in, num_out), nn.GELU(), nn.Linear(num_out, num_out))
 
 
 class _PositionInjection(nn.Module):
@@ -81,7 +79,8 @@ class LDPv2(nn.Module):
         size = round(hidden_NPC.shape[1] ** 0.5)
         grid_NCyx = hidden_NPC.transpose(1, 2).unflatten(2, (size, size))
         pooled_NCyx = nn.functional.adaptive_avg_pool2d(grid_NCyx, GRID)
-        return (self.peg.peg(pooled_NCyx) + pooled_NCyx).flatten(2).transpose(1, 2)
+        mixed_NCyx: Tensor = self.peg.peg(pooled_NCyx) + pooled_NCyx
+        return mixed_NCyx.flatten(2).transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +134,13 @@ class MobileVLM(nn.Module):
         """Channels of the text embedding, C."""
         return int(self.llm.config.hidden_size)
 
-    def encode_images(
-        self, pixels: Float[Tensor, "N 3 S S"]
-    ) -> Float[Tensor, "N V C"]:
+    def encode_images(self, pixels: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N V C"]:
         """Vision tokens: patch features of the selected tower layer, through the projector."""
         return self.projector(self.patch_features(pixels))  # type: ignore[no-any-return]
 
-    def patch_features(self, pixels: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N P patch_channel"]:
+    def patch_features(
+        self, pixels: Float[Tensor, "N 3 S S"]
+    ) -> Float[Tensor, "N P patch_channel"]:
         """The tower's patch tokens (CLS left out) at `mm_vision_select_layer`."""
         return self.tower(pixel_values=pixels).last_hidden_state[:, 1:]  # type: ignore[no-any-return]
 
@@ -216,7 +215,8 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
         published = {**published, **MULTIMODAL_FIELDS}
     if not str(published["mm_projector_type"]).startswith("ldpnetv2"):
         raise CheckpointError(
-            f"{folder.name}: projector {published['mm_projector_type']!r}, only ldpnetv2 is supported"
+            f"{folder.name}: projector {published['mm_projector_type']!r}, "
+            "only ldpnetv2 is supported"
         )
     tower = ModelFolder(_tower_name(folder, published, vision_tower))
     tower_config = tower.config()
@@ -283,7 +283,9 @@ def load_state(
     needed = set(expected if needed is None else needed)
     missing = sorted(needed - set(state))
     if missing:
-        raise CheckpointError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:3])}")
+        raise CheckpointError(
+            f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:3])}"
+        )
     for name in needed:
         if state[name].shape != expected[name].shape:
             raise CheckpointError(
@@ -326,9 +328,7 @@ def to_published(name: str) -> str:
     return name.removeprefix("llm.")
 
 
-def _tower_name(
-    folder: ModelFolder, published: Mapping[str, Any], vision_tower: str | None
-) -> str:
+def _tower_name(folder: ModelFolder, published: Mapping[str, Any], vision_tower: str | None) -> str:
     name = vision_tower or published.get("mm_vision_tower")
     if not isinstance(name, str):
         raise CheckpointError(f"{folder.name}: config.json has no mm_vision_tower")

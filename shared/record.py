@@ -124,7 +124,9 @@ def check_name(tar: Path) -> None:
         CacheError: characters other than letters, digits, `.`, `_`, `-`.
     """
     if not _NAME.fullmatch(tar.name.removesuffix(".tar")):
-        raise CacheError(f"{tar}: rename it; a shard's name is made of letters, digits, '.', '_', '-'")
+        raise CacheError(
+            f"{tar}: rename it; a shard's name is made of letters, digits, '.', '_', '-'"
+        )
 
 
 def read_records(root: Path) -> dict[str, ShardRecord]:
@@ -133,9 +135,7 @@ def read_records(root: Path) -> dict[str, ShardRecord]:
     Raises:
         DamagedError: a record cannot be read.
     """
-    return {
-        path.stem: ShardRecord.load(path) for path in sorted((root / RECORDS).glob("*.json"))
-    }
+    return {path.stem: ShardRecord.load(path) for path in sorted((root / RECORDS).glob("*.json"))}
 
 
 def compare(name: str, found: Mapping[str, Any], expected: Mapping[str, Any], advice: str) -> None:
@@ -150,7 +150,9 @@ def compare(name: str, found: Mapping[str, Any], expected: Mapping[str, Any], ad
     """
     unequal = list(differences(found, expected))
     if unequal:
-        shown = "; ".join(f"{path}: {ours!r} there, {theirs!r} here" for path, ours, theirs in unequal[:3])
+        shown = "; ".join(
+            f"{path}: {ours!r} there, {theirs!r} here" for path, ours, theirs in unequal[:3]
+        )
         more = f" (and {len(unequal) - 3} more)" if len(unequal) > 3 else ""
         raise MismatchError(f"{name} does not fit: {shown}{more}. {advice}")
 

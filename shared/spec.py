@@ -78,7 +78,9 @@ class CacheSpec:
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, found {self.max_tokens}")
         if not (self.attention or self.vision_tokens or self.logprobs):
-            raise ValueError("names no signal: give at least one of attention, vision_tokens, logprobs")
+            raise ValueError(
+                "names no signal: give at least one of attention, vision_tokens, logprobs"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "spec") -> "CacheSpec":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
 
 from shared.encodings import decode
 from shared.errors import CacheError, DamagedError
@@ -154,7 +154,7 @@ def _create(
         dtype=values.dtype,
         chunks=chunks,
         # The index in front: servers without suffix ranges can be read.
-        shards={"shape": whole, "index_location": "start"},
+        shards={"shape": whole, "index_location": ShardingCodecIndexLocation.start},
         compressors=[ZstdCodec(level=3), Crc32cCodec()],
         dimension_names=axes,
         fill_value=0,
@@ -198,4 +198,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

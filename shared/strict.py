@@ -116,6 +116,4 @@ def _scalar(hint: type, value: object, where: str) -> object:
 
 
 def _required(field: "dataclasses.Field[object]") -> bool:
-    return (
-        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    )
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

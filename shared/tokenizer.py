@@ -45,7 +45,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: tokenizer cannot be read ({error})") from error
     if tokenizer.bos_token_id is None or tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
-        raise CheckpointError(f"{folder}: tokenizer adds no BOS token; is tokenizer_config.json there?")
+        raise CheckpointError(
+            f"{folder}: tokenizer adds no BOS token; is tokenizer_config.json there?"
+        )
     return tokenizer
 
 

@@ -1,0 +1,32 @@
+# `make demo` and `make test` work on a fresh Linux machine with Python >= 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint demo-teacher seeds kill-loop clean
+
+install: .venv/.dev
+demo: .venv/.demo
+	$(BIN)/python -m examples.easy_vqa.demo
+test: .venv/.dev
+	$(BIN)/pytest
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Longer proofs and the making of the demo's teacher; their output is in docs/.
+demo-teacher: .venv/.demo
+	$(BIN)/python -m examples.easy_vqa.train_teacher
+seeds: .venv/.demo
+	$(BIN)/python -m benchmarks.seeds
+kill-loop: .venv/.dev
+	$(BIN)/python -m benchmarks.kill_train
+
+clean:
+	rm -rf .venv demo-run
+
+.venv/.dev .venv/.demo: .venv/.%: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is needed, this is {sys.version}")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@

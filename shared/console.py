@@ -1,6 +1,7 @@
 """What all commands share: one-line errors, logging to stderr, numbers for people."""
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -34,6 +35,12 @@ def configure_logging(verbose: bool) -> None:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line per file of a checkpoint
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints, of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def bytes_text(size: float) -> str:

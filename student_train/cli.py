@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from shared.console import Command, configure_logging
+from shared.console import Command, configure_logging, is_main_process
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -50,7 +50,7 @@ def train_student(
     killed goes on with --resume as if nothing had happened. The student ends up in OUT/export, in
     MobileVLM's published layout.
     """
-    configure_logging(verbose=True)
+    configure_logging(verbose=is_main_process())
     from student_train.config import load_recipe
     from student_train.setup import Inputs, run_training
 
@@ -63,6 +63,8 @@ def train_student(
         out, resume=resume, cpu=cpu,
     )  # fmt: skip
     scores = outcome.scores
+    if not is_main_process():
+        return
     if as_json:
         result = {
             "steps": outcome.steps,

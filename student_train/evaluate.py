@@ -15,9 +15,9 @@ from tqdm import tqdm
 from shared.conversation import Conversation
 from shared.errors import TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
-from shared.mobilevlm import MobileVLM
+from shared.mobilevlm import NUM_VISION, MobileVLM
 from shared.prompt import IGNORE, Prompt, build_prompt, question_ids
-from shared.samples import index_tars, read_samples
+from shared.samples import Sample, index_tars, read_samples
 from shared.sequence import pad_sequences
 from shared.spec import Template
 from shared.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ class HeldOutSet:
                     try:
                         if isinstance(sample, UnusableSample):
                             raise sample
-                        samples.append(self._prepare(sample.key, sample.conversation, sample.image))
+                        samples.append(self.prepare(sample))
                     except UnusableSample:
                         total += Scores(skipped=1)
                 if samples:
@@ -124,6 +124,23 @@ class HeldOutSet:
                 bar.update(len(mine[start : start + _BATCH]))
         model.train(training)
         return total
+
+    def prepare(self, sample: Sample) -> HeldOutSample:
+        """Prompt and pixels of one sample.
+
+        Raises:
+            UnusableSample: with the reason.
+        """
+        prompt = build_prompt(sample.conversation, self._template, self._tokenizer)
+        length = prompt.num_tokens(NUM_VISION)
+        if length > self._max_tokens:
+            raise UnusableSample(f"{length} tokens, at most {self._max_tokens}")
+        pixels = None
+        if sample.image is not None:
+            pixels = torch.from_numpy(self._processor(decode_image(sample.image)))
+        return HeldOutSample(
+            key=sample.key, conversation=sample.conversation, prompt=prompt, pixels=pixels
+        )
 
     def answers(self, model: MobileVLM, samples: Sequence[HeldOutSample]) -> list[list[str]]:
         """Greedy answers to every question of each sample."""
@@ -142,15 +159,6 @@ class HeldOutSet:
         for (number, _), ids in zip(asked, found, strict=True):
             texts[number].append(self._tokenizer.decode(ids, skip_special_tokens=True).strip())
         return texts
-
-    def _prepare(self, key: str, conversation: Conversation, image: bytes | None) -> HeldOutSample:
-        prompt = build_prompt(conversation, self._template, self._tokenizer)
-        if prompt.num_tokens(144) > self._max_tokens:
-            raise UnusableSample("too long")
-        pixels = None
-        if image is not None:
-            pixels = torch.from_numpy(self._processor(decode_image(image)))
-        return HeldOutSample(key=key, conversation=conversation, prompt=prompt, pixels=pixels)
 
     def _score_batch(self, model: MobileVLM, samples: Sequence[HeldOutSample]) -> Scores:
         nats, positions = supervised_loss(model, samples)

@@ -29,11 +29,11 @@ from shared.record import (
     ShardRecord,
     Skipped,
     TarFacts,
-    check_name,
     compare,
     read_records,
+    shard_name,
 )
-from shared.samples import TarIndex, index_tars, tar_sha256
+from shared.samples import TarIndex, index_tars, refuse_repeated_keys, tar_sha256
 from shared.spec import CacheSpec, canonical_digest
 from shared.store import new_shard, put_file
 from shared.tokenizer import Tokenizer, tokenizer_identity
@@ -90,11 +90,10 @@ def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildRepor
         InputError: tars that cannot be read, after all others have been built.
         CacheError: `out` cannot be written.
     """
-    for tar in tars:
-        check_name(tar)
+    names = [shard_name(tar) for tar in tars]
     indexes, broken = index_tars(tars)
-    write_plan(out, indexes)
     pending = find_pending(builder.identity, indexes, out)
+    write_plan(out, names)
     built = samples = skipped = 0
     total = sum(len(index.samples) + len(index.skipped) for index in pending)
     with (
@@ -129,6 +128,7 @@ def find_pending(
 
     Raises:
         MismatchError: names both values.
+        InputError: a pending tar holds a sample that a shard of another tar holds already.
     """
     records = read_records(out)
     advice = "Build into another folder, or use what this cache was built with."
@@ -138,15 +138,19 @@ def find_pending(
         if index.name in records:
             there = vars(records[index.name].tar)
             compare(f"{out}: shard {index.name}: tar", there, vars(tar_facts(index)), advice)
-    return [index for index in indexes if index.name not in records]
+    pending = [index for index in indexes if index.name not in records]
+    stored = {key: record.tar.name for record in records.values() for key in record.keys}
+    refuse_repeated_keys(pending, stored)
+    return pending
 
 
-def write_plan(out: Path, indexes: Sequence[TarIndex]) -> None:
+def write_plan(out: Path, names: Sequence[str]) -> None:
     """Note which shards this run is to build, so that `info` can say how far the build is.
 
-    Runs with different tars write different files; the same run writes the same file again.
+    A tar that cannot be read now is in it too. Runs with different tars write different files; the
+    same run writes the same file again.
     """
-    plan = {"shards": {i.name: len(i.samples) + len(i.skipped) for i in indexes}}
+    plan = {"shards": sorted(names)}
     path = out / PLANS / f"{canonical_digest(plan)[:16]}.json"
     if not path.exists():
         put_file(path, json.dumps(plan).encode())

@@ -220,7 +220,8 @@ def _run_batch(
         [sample.prompt.input_ids for sample in batch], [sample.prompt.labels for sample in batch]
     )
     of_batch = [vision[sample.image_digest] for sample in batch if sample.image_digest]
-    stacked = torch.stack(of_batch) if of_batch else torch.zeros(0, NUM_VISION, 1)
+    none = torch.zeros(0, NUM_VISION, teacher.config.llama.hidden_size)
+    stacked = torch.stack(of_batch) if of_batch else none
     yield from _split(teacher.signals(sequences, stacked), sequences)
 
 

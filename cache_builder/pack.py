@@ -134,7 +134,7 @@ def _write(
 ) -> None:
     buffer = io.BytesIO()
     # Fixed owner, mode and time: the same input gives the same bytes.
-    with webdataset.TarWriter(buffer, encoder=False, mtime=0.0, user="", group="") as tar:
+    with webdataset.TarWriter(buffer, encoder=False, mtime=0, user="", group="") as tar:
         for entry in entries:
             sample: dict[str, Any] = {
                 "__key__": _key(entry),

@@ -53,4 +53,6 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ConfigError(f"--device {name}: holds no values")
     return device

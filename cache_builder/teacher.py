@@ -128,10 +128,10 @@ class Teacher:
         self, batch: SequenceBatch, vision: Tensor
     ) -> Iterator[tuple[Tensor, int, QueryKey | None]]:
         """(output, layer number, its queries and keys if wanted), no deeper than needed."""
-        llama = self._model.llm.model
         wanted = self._spec.attention_layers
         if not wanted and self._spec.logprobs is None:
             return
+        llama = self._model.llm.model
         hidden = self._model.embed(batch.ids, batch.vision_mask, vision)
         position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         cos, sin = llama.rotary_emb(hidden, position_ids=position_ids)

@@ -117,16 +117,18 @@ class ShardRecord:
         return record
 
 
-def check_name(tar: Path) -> None:
-    """Refuse a tar whose name cannot be a shard's.
+def shard_name(tar: Path) -> str:
+    """Name of the shard that is built from a tar: the file name without `.tar`.
 
     Raises:
         CacheError: characters other than letters, digits, `.`, `_`, `-`.
     """
-    if not _NAME.fullmatch(tar.name.removesuffix(".tar")):
+    name = tar.name.removesuffix(".tar")
+    if not _NAME.fullmatch(name):
         raise CacheError(
             f"{tar}: rename it; a shard's name is made of letters, digits, '.', '_', '-'"
         )
+    return name
 
 
 def read_records(root: Path) -> dict[str, ShardRecord]:

@@ -87,11 +87,12 @@ def expand_tars(patterns: Sequence[str]) -> list[Path]:
     """Paths from brace ranges (`{000..099}.tar`) and globs, each once, in order.
 
     Raises:
-        InputError: a tar is missing, a glob matches nothing, or two tars share a name.
+        InputError: a tar is missing, a glob matches nothing, two tars share a name, or the
+            braces do not pair.
     """
     paths: list[Path] = []
     for pattern in patterns:
-        for text in braceexpand.braceexpand(pattern):
+        for text in _expand_braces(pattern):
             found = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
             if not found:
                 raise InputError(f"{text}: matches no tar")
@@ -104,6 +105,13 @@ def expand_tars(patterns: Sequence[str]) -> list[Path]:
         if (twin := names.setdefault(path.name, path)) != path:
             raise InputError(f"{path} and {twin} share a name; shards are named after their tars")
     return paths
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except braceexpand.UnbalancedBracesError as error:
+        raise InputError(f"{pattern}: not a brace range ({error})") from error
 
 
 def index_tar(path: Path) -> TarIndex:
@@ -143,7 +151,20 @@ def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
         except InputError as error:
             broken.append(error)
             log.error("%s", error)  # noqa: TRY400  (one line; the message says it all)
-    seen: dict[str, str] = {}
+    refuse_repeated_keys(indexes, {})
+    return indexes, broken
+
+
+def refuse_repeated_keys(indexes: Iterable[TarIndex], known: Mapping[str, str]) -> None:
+    """Refuse a sample key that stands in two tars.
+
+    Args:
+        known: keys of tars besides `indexes` -> the tar's name.
+
+    Raises:
+        InputError: names the key and both tars.
+    """
+    seen = dict(known)
     for index in indexes:
         for sample in index.samples:
             if sample.key in seen:
@@ -152,7 +173,6 @@ def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
                     "keys must differ between tars: cache-tools pack makes such tars"
                 )
             seen[sample.key] = index.path.name
-    return indexes, broken
 
 
 def read_sample(tar: Path, entry: SampleEntry) -> Sample:

@@ -63,7 +63,7 @@ class ModelFolder:
         for single in _WEIGHTS:
             index = self._find(f"{single}.index.json")
             if index:
-                return dict(_read_json(index)["weight_map"])
+                return _weight_map(index)
             if self._find(single):
                 return dict.fromkeys(self._names_in(single), single)
         raise CheckpointError(
@@ -130,8 +130,10 @@ class ModelFolder:
             raise CheckpointError(f"{self.name}: {file} is missing; it holds {_few(names)}")
         if file.endswith(".safetensors"):
             with _open_safetensors(path) as opened:
+                _check_inside(path, names, opened.keys())
                 return {name: opened.get_tensor(name) for name in names}
         loaded = _load_bin(path)
+        _check_inside(path, names, loaded)
         return {name: loaded[name] for name in names}
 
 
@@ -180,7 +182,23 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, pickle.UnpicklingError, OSError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: damaged, or more than tensors in it ({reason})") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: holds {type(loaded).__name__}, expected named tensors")
     return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    files = _read_json(index).get("weight_map")
+    # Names only: an index must not lead out of its folder.
+    if not isinstance(files, dict) or any(Path(str(file)).name != file for file in files.values()):
+        raise CheckpointError(f"{index}: expected a weight_map of tensor names to file names")
+    return files
+
+
+def _check_inside(path: Path, names: Iterable[str], inside: Iterable[str]) -> None:
+    missing = sorted(set(names) - set(inside))
+    if missing:
+        raise CheckpointError(f"{path}: the index says that it holds {_few(missing)}; it does not")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

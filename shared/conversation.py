@@ -70,6 +70,8 @@ def _turn(message: object) -> Turn:
         raise UnusableSample(f"odd role {role!r}, expected 'human' or 'gpt'")
     if not isinstance(text, str):
         raise UnusableSample("a message without text")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UnusableSample("text holds half of a character (a lone surrogate)")
     if role == "gpt" and not text.strip():
         raise UnusableSample("empty answer")
     return Turn(role=role, text=text)

@@ -56,11 +56,11 @@ ENCODINGS: dict[str, Encoding] = {
     "float32": Encoding(
         encode=lambda values: {"": values},
         decode=lambda parts: parts[""].astype(np.float32, copy=False),
-        bytes_per_value=4,
+        bytes_per_value=4.0,
     ),
     "float16": Encoding(
         encode=_to_half,
         decode=lambda parts: parts[""].astype(np.float32),
-        bytes_per_value=2,
+        bytes_per_value=2.0,
     ),
 }

@@ -76,8 +76,13 @@ class ImageProcessor:
         # The torchvision class rounds pixels differently (up to 1/255), so the class is fixed.
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{path}: expected a JSON object")
         settings.pop("image_processor_type", None)
-        self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil(**settings)
+        try:
+            self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil(**settings)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: no CLIP image processor's ({error})") from error
         self._settings = settings
         self._aspect = aspect
 

@@ -215,7 +215,7 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
         published = {**published, **MULTIMODAL_FIELDS}
     if not str(published["mm_projector_type"]).startswith("ldpnetv2"):
         raise CheckpointError(
-            f"{folder.name}: projector {published['mm_projector_type']!r}, "
+            f"{folder.name}: mm_projector_type {published['mm_projector_type']!r}, "
             "only ldpnetv2 is supported"
         )
     tower = ModelFolder(_tower_name(folder, published, vision_tower))
@@ -230,6 +230,7 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(published.get(field), int):
             raise CheckpointError(f"{folder.name}: config.json has no {field}")
+    _check_selection(folder, published, int(clip.num_hidden_layers))
     return VLMConfig(published=published, tower=clip, tower_folder=tower.path)
 
 
@@ -286,7 +287,7 @@ def load_state(
         raise CheckpointError(
             f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:3])}"
         )
-    for name in needed:
+    for name in sorted(needed):
         if state[name].shape != expected[name].shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {list(state[name].shape)}, "
@@ -326,6 +327,19 @@ def to_published(name: str) -> str:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name.removeprefix("llm.")
+
+
+def _check_selection(folder: ModelFolder, published: Mapping[str, Any], depth: int) -> None:
+    feature = published.get("mm_vision_select_feature", "patch")
+    if feature != "patch":
+        raise CheckpointError(
+            f"{folder.name}: mm_vision_select_feature {feature!r}, only 'patch' is supported"
+        )
+    layer = published.get("mm_vision_select_layer")
+    if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+        raise CheckpointError(
+            f"{folder.name}: mm_vision_select_layer is {layer!r}, but the tower has {depth} layers"
+        )
 
 
 def _tower_name(folder: ModelFolder, published: Mapping[str, Any], vision_tower: str | None) -> str:

@@ -1,7 +1,7 @@
 """The Llama tokenizer of published MobileVLM folders, and what makes two of them the same."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from shared.errors import CheckpointError
 from shared.spec import canonical_digest
@@ -14,6 +14,7 @@ PROBES = (
 "Texts whose ids tell two tokenizers of one vocabulary apart (spaces, after `</s>`, bytes, digits)."
 
 
+@runtime_checkable  # tests check annotations while running
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that this project uses."""
 
@@ -48,6 +49,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(
             f"{folder}: tokenizer adds no BOS token; is tokenizer_config.json there?"
         )
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise CheckpointError(f"{folder}: tokenizer.model holds no vocabulary")
     return tokenizer
 
 

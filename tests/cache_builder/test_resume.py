@@ -1,0 +1,279 @@
+"""Running build-cache again continues it, and refuses what does not fit."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cache_builder.summary import summarise
+from shared.cache import open_cache
+from shared.errors import CacheError, MismatchError
+from tests.support import (
+    ALIGN_ONLY,
+    FULL,
+    TEACHER,
+    build,
+    command,
+    error_line,
+    png,
+    record,
+    sample,
+    stored_digests,
+    teacher_copy,
+    text_sample,
+    write_tar,
+)
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> list[Path]:
+    """Two tars of two samples."""
+    return [
+        write_tar(tmp_path / "tars" / f"t-{n}.tar", sample(f"image-{n}"), text_sample(f"text-{n}"))
+        for n in range(2)
+    ]
+
+
+@pytest.fixture
+def out(tmp_path: Path, tars: list[Path]) -> Path:
+    """A cache of them."""
+    build(tmp_path / "cache", tars)
+    return tmp_path / "cache"
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_second_run_builds_nothing_and_writes_nothing(out: Path, tars: list[Path]) -> None:
+    before = snapshot(out)
+
+    report = build(out, tars)
+
+    assert (report.built, report.present) == (0, 2)
+    assert snapshot(out) == before
+
+
+def test_only_a_shard_without_record_is_rebuilt(out: Path, tars: list[Path]) -> None:
+    before = stored_digests(out)
+    kept = record(out, "t-1")
+    (out / "records" / "t-0.json").unlink()
+
+    report = build(out, tars)
+
+    assert (report.built, report.present, report.samples) == (1, 1, 2)
+    assert record(out, "t-1") == kept
+    assert stored_digests(out) == before  # and with the same bytes
+
+
+def test_more_tars_can_be_added(out: Path, tmp_path: Path) -> None:
+    more = write_tar(tmp_path / "tars" / "u.tar", sample("image-9"))
+
+    assert build(out, more).built == 1
+
+    assert len(open_cache(out)) == 5
+
+
+def test_two_builds_of_one_data_set_have_the_same_bytes(
+    out: Path, tmp_path: Path, tars: list[Path]
+) -> None:
+    build(tmp_path / "again", tars)
+
+    assert stored_digests(tmp_path / "again") == stored_digests(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "there", "here"),
+    [
+        ({"max_tokens": 1024}, "spec.max_tokens", "2048", "1024"),
+        ({"template": "plain"}, "spec.template", "'v1'", "'plain'"),
+        ({"image_aspect": "square"}, "spec.image_aspect", "'pad'", "'square'"),
+        ({"vision_tokens": None}, "spec.vision_tokens", "{'encoding': 'float32'}", "None"),
+    ],
+)
+def test_another_spec_is_refused_and_both_values_are_named(
+    out: Path, tars: list[Path], change: dict[str, Any], path: str, there: str, here: str
+) -> None:
+    before = snapshot(out)
+
+    line = error_line(command(out, tars, {**FULL, **change}))
+
+    assert f"{path}: {there} there, {here} here" in line
+    assert snapshot(out) == before
+
+
+def test_another_teacher_is_refused_and_both_digests_are_named(
+    out: Path, tars: list[Path], tmp_path: Path
+) -> None:
+    teacher = teacher_copy(
+        tmp_path / "teacher",
+        edit=lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].mul_(2),
+    )
+
+    line = error_line(command(out, tars, FULL, teacher))
+
+    assert (
+        f"teacher.weights_sha256: '{record(out, 't-0').identity['teacher']['weights_sha256']}'"
+        in line
+    )
+    assert line.count(" there, ") == 1
+
+
+def test_another_config_of_the_same_weights_is_refused(
+    out: Path, tars: list[Path], tmp_path: Path
+) -> None:
+    teacher = teacher_copy(tmp_path / "teacher", config={"rope_theta": 5000.0})
+
+    assert "teacher.config_sha256" in error_line(command(out, tars, FULL, teacher))
+
+
+def test_another_number_format_is_refused(out: Path, tars: list[Path]) -> None:
+    line = error_line(command(out, tars, FULL, TEACHER, "--dtype", "bfloat16"))
+
+    assert "numerics.dtype: 'float32' there, 'bfloat16' here" in line
+
+
+def test_a_tar_that_changed_is_refused_and_both_digests_are_named(
+    out: Path, tars: list[Path], tmp_path: Path
+) -> None:
+    old = record(out, "t-0").tar.sha256
+    write_tar(tars[0], sample("image-0", image=png(7)), text_sample("text-0"))
+
+    line = error_line(command(out, tars, FULL))
+
+    assert "shard t-0: tar does not fit" in line
+    assert f"sha256: '{old}' there" in line
+
+
+def test_config_fields_that_change_no_value_do_not_matter(
+    out: Path, tars: list[Path], tmp_path: Path
+) -> None:
+    teacher = teacher_copy(
+        tmp_path / "teacher",
+        config={"transformers_version": "9", "use_cache": False, "mm_vision_tower": "x/y"},
+    )
+
+    assert build(out, tars, FULL, teacher).present == 2
+
+
+def test_moving_tars_teacher_and_cache_changes_nothing(
+    out: Path, tars: list[Path], tmp_path: Path
+) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.move(out, moved / "boats")
+    shutil.move(tars[0].parent, moved / "tars")
+    teacher = teacher_copy(moved / "teacher")
+
+    report = build(moved / "boats", sorted((moved / "tars").glob("*")), FULL, teacher)
+
+    assert (report.built, report.present) == (0, 2)
+    assert str(tmp_path) not in (moved / "boats" / "records" / "t-0.json").read_text()
+
+
+def test_batch_size_is_no_part_of_the_identity(out: Path, tars: list[Path]) -> None:
+    assert build(out, tars, batch_size=1).present == 2
+
+
+# Crashes
+
+
+class Crash(Exception):
+    """Not one of ours: the process dies here."""
+
+
+def failing(error: BaseException, after: int) -> Callable[..., None]:
+    """A stand-in for os.fsync that fails on its call number `after`."""
+    calls = iter(range(10**6))
+
+    def fsync(_descriptor: int) -> None:
+        if next(calls) >= after:
+            raise error
+
+    return fsync
+
+
+def fsyncs_of_one_shard(tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    count = 0
+
+    def fsync(_descriptor: int) -> None:
+        nonlocal count
+        count += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        build(tmp_path / "counted", tar, ALIGN_ONLY)
+    return count
+
+
+def test_a_crash_at_a_push_to_the_disk_leaves_a_cache_that_can_be_continued(
+    tmp_path: Path, tars: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = fsyncs_of_one_shard(tmp_path, tars[0], monkeypatch)
+    assert total > 10
+    # The last one comes after the record is in place: the shard is there, then.
+    for after in (0, 1, total // 2, total - 3, total - 2):
+        out = tmp_path / f"cache-{after}"
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(os, "fsync", failing(Crash(), after))
+            build(out, tars[0], ALIGN_ONLY)
+        assert not list(out.glob("records/*.json")), after
+        with pytest.raises(CacheError, match="no cache here"):
+            open_cache(out)
+    build(out, tars[0], ALIGN_ONLY)
+    assert stored_digests(out) == stored_digests(tmp_path / "counted")
+
+
+def test_a_full_disk_is_one_clear_line_and_the_run_can_be_repeated(
+    tmp_path: Path, tars: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(full, 8))
+        line = error_line(command(tmp_path / "cache", tars, ALIGN_ONLY))
+
+    assert "shard t-0 cannot be written (No space left on device)" in line
+    assert not list(tmp_path.glob("cache/records/*.json"))
+    assert command(tmp_path / "cache", tars, ALIGN_ONLY).exit_code == 0
+
+
+def test_a_plan_says_what_is_still_to_build_a_broken_tar_included(
+    tmp_path: Path, tars: list[Path]
+) -> None:
+    whole = tars[1].read_bytes()
+    tars[1].write_bytes(whole[:1000])
+
+    error_line(command(tmp_path / "cache", tars, ALIGN_ONLY))
+
+    summary = summarise(tmp_path / "cache")
+    assert (summary.shards, summary.planned, summary.pending) == (1, 2, ("t-1",))
+    tars[1].write_bytes(whole)
+    build(tmp_path / "cache", tars, ALIGN_ONLY)
+    assert summarise(tmp_path / "cache").pending == ()
+
+
+def test_shards_of_two_builds_in_one_folder_are_refused_when_opened(
+    out: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    tar = write_tar(tmp_path / "u.tar", sample("image-9"))
+    build(other, tar, {**FULL, "max_tokens": 1000})
+    shutil.copytree(other / "data", out / "data", dirs_exist_ok=True)
+    shutil.copy(other / "records" / "u.json", out / "records")
+
+    with pytest.raises(MismatchError, match=r"spec\.max_tokens: 1000 there, 2048 here"):
+        open_cache(out)
+
+
+def test_caches_of_one_build_merge_by_copying(out: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build(other, write_tar(tmp_path / "u.tar", sample("image-9")))
+    shutil.copytree(other, out, dirs_exist_ok=True)
+
+    assert open_cache(out).keys() == ["image-0", "text-0", "image-1", "text-1", "image-9"]
+    assert torch.from_numpy(open_cache(out).read("image-9").attention[0]).isfinite().all()

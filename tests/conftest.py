@@ -1,0 +1,46 @@
+"""Settings and fixtures for all tests: one thread, repeatable properties, one real cache."""
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from cache_builder.pack import pack
+from shared.cache import Cache, open_cache
+from shared.tokenizer import Tokenizer, load_tokenizer
+from tests.support import FULL, REFERENCE, TEACHER, build
+
+torch.set_num_threads(1)  # the models are tiny; more threads only wait for one another
+
+# Derandomised: a run of CI says something about the change, not about luck.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The reference teacher's tokenizer."""
+    return load_tokenizer(TEACHER)
+
+
+@pytest.fixture(scope="session")
+def packed_tars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The reference data set in two tars of two samples."""
+    out = tmp_path_factory.mktemp("tars")
+    pack(REFERENCE / "annotations.json", REFERENCE / "images", out, samples_per_tar=2, prefix="ref")
+    return sorted(out.glob("*.tar"))
+
+
+@pytest.fixture(scope="session")
+def cache_path(packed_tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the reference data set with every signal. Read only: copy it to change it."""
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    build(out, packed_tars, FULL)
+    return out
+
+
+@pytest.fixture
+def cache(cache_path: Path) -> Cache:
+    """The opened cache."""
+    return open_cache(cache_path)

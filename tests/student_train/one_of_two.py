@@ -1,0 +1,41 @@
+"""One process of two: loss terms and gradients of its share of a global batch, written to files.
+
+Started by torchrun in `test_batches.py`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from shared.cache import open_cache
+from student_train.loop import make_accelerator
+from tests.student_train.support import aligned, batches_of, gradients_of, recipe, training_set
+
+
+def main() -> None:
+    """Compute and write."""
+    torch.set_num_threads(1)
+    settings = json.loads(sys.argv[1])
+    changed = recipe(micro_batch=settings["micro_batch"])
+    accelerator = make_accelerator(changed, cpu=True)
+    assert accelerator.num_processes == int(os.environ["WORLD_SIZE"]) == 2
+    rank = accelerator.process_index
+    cache = open_cache(settings["cache"])
+    samples = training_set([Path(tar) for tar in settings["tars"]], changed, cache)
+    mine = settings["order"][rank::2]
+    terms, gradients = gradients_of(
+        aligned(changed, cache), list(batches_of(samples, mine, changed.micro_batch)), changed
+    )
+    out = Path(settings["out"])
+    (out / f"{rank}.json").write_text(json.dumps(terms))
+    save_file({name: g.contiguous() for name, g in gradients.items()}, out / f"{rank}.safetensors")
+    accelerator.end_training()
+
+
+main()

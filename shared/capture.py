@@ -10,6 +10,7 @@ Axes: B sample, H head, T token, D head channel, Q text row, V vision token.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -76,7 +77,7 @@ def _rotate(caught: QueryKey, head_dim: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def catch_query_key(
-    layers: Sequence[nn.Module], wanted: Sequence[int]
+    layers: nn.ModuleList, wanted: Sequence[int]
 ) -> Iterator[Mapping[int, QueryKey]]:
     """Catch queries and keys of the `wanted` layers during one forward pass.
 
@@ -101,9 +102,7 @@ def catch_query_key(
 def _hook(
     attention: LlamaAttention, found: dict[str, Tensor]
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    def positions(
-        _module: nn.Module, _args: object, kwargs: dict[str, tuple[Tensor, Tensor]]
-    ) -> None:
+    def positions(_module: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
         found["cos"], found["sin"] = kwargs["position_embeddings"]
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:

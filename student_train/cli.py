@@ -25,7 +25,9 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="MobileVLM V2 folder or hub id; or a Llama, which gets a fresh projector.",
 )  # fmt: skip
 @click.option("--vision-tower", help="CLIP folder or hub id.  [default: the student's config says]")
-@click.option("--adapters", type=_FILE, help="Adapters of an earlier stage (RUN/adapters.safetensors).")
+@click.option(
+    "--adapters", type=_FILE, help="Adapters of an earlier stage (RUN/adapters.safetensors)."
+)
 @click.option("--out", required=True, type=_FOLDER, help="The run: checkpoints, logs, export.")
 @click.option(
     "--recipe", default="stage2", show_default=True,
@@ -75,8 +77,14 @@ def train_student(
         }
         click.echo(json.dumps(result))
         return
-    click.echo(f"{out}: {outcome.steps} steps in {outcome.seconds:.0f} s, export in {out / 'export'}")
+    click.echo(
+        f"{out}: {outcome.steps} steps in {outcome.seconds:.0f} s, export in {out / 'export'}"
+    )
     if scores is not None:
         match = scores.exact_match
-        rate = "" if match is None else f", exact match {100 * match:.2f} % of {scores.answers} answers"
+        rate = (
+            ""
+            if match is None
+            else f", exact match {100 * match:.2f} % of {scores.answers} answers"
+        )
         click.echo(f"held out: loss {scores.loss:.4f} nats{rate}, {scores.skipped} skipped")

@@ -5,6 +5,7 @@ A recipe is a YAML file, strict as a spec; `--set a.b=c` changes one value of it
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,6 +17,11 @@ import yaml
 from shared.errors import ConfigError
 from shared.spec import Aspect, Template
 from shared.strict import build, read_yaml
+
+_AT_LEAST_ONE = (
+    "epochs", "max_steps", "global_batch", "micro_batch", "log_every", "save_every",
+    "keep_checkpoints", "eval_every", "eval_samples", "max_new_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +46,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in ("kl", "attention", "vision"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, found {getattr(self, name)}")
         if not 0 <= self.focus_tokens <= 144:
             raise ValueError(f"focus_tokens must be 0 to 144, found {self.focus_tokens}")
 
@@ -64,12 +70,14 @@ class OptimConfig:
     "Gradients are scaled down to this norm."
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.adapter_lr <= 0 or (self.projector_lr or 1) <= 0:
-            raise ValueError("learning rates must be > 0")
+        for name in ("lr", "projector_lr", "adapter_lr", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, found {value}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be 0 to 1, found {self.warmup}")
-        if self.clip_norm <= 0:
-            raise ValueError(f"clip_norm must be > 0, found {self.clip_norm}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be >= 0 and finite, found {self.weight_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +130,13 @@ class Recipe:
     "Weights file of the export: `bin` is what the original code and llama.cpp read."
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "global_batch", "micro_batch", "log_every", "save_every")
-        for name in (*positive, "keep_checkpoints", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}"

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +19,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from shared.cache import CachedSample
-from shared.errors import TrainingError, UnusableSample
+from shared.errors import ProjectError, TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
 from shared.prompt import build_prompt
 from shared.record import Skipped
 from shared.samples import SampleEntry, TarIndex, index_tars, read_sample
 from shared.sequence import SequenceBatch, pad_sequences
-from shared.spec import CacheSpec
+from shared.spec import CacheSpec, canonical_digest
 from shared.tokenizer import Tokenizer
 from student_train.config import Recipe
 
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable  # tests check annotations while running
 class TeacherSource(Protocol):
     """Where teacher signals come from: a cache, or (in tests) a live teacher."""
 
@@ -131,6 +132,15 @@ class TrainingSet(Dataset[list[int]]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the order of the samples: a resumed run must find the same."""
+        lengths = {
+            entry.key: int(length)
+            for (_, entry), length in zip(self.entries, self.lengths, strict=True)
+        }
+        return {"samples": len(lengths), "sha256": canonical_digest(lengths)}
+
     def __getitem__(self, numbers: Sequence[int]) -> TrainingBatch:  # type: ignore[override]
         """The batch of these samples; one with a broken image is left out and listed."""
         ids, labels, pixels, signals = [], [], [], []
@@ -205,8 +215,7 @@ def load_training_set(
 
     Raises:
         InputError: a tar cannot be read.
-        TrainingError: the source knows samples that the tars do not hold, or the reverse, or
-            nothing is left.
+        TrainingError: the source knows none of the samples, or none can be used.
     """
     indexes, broken = index_tars(tars)
     if broken:
@@ -218,6 +227,10 @@ def load_training_set(
         skipped += more
     else:
         lengths = _match(where, source)
+        too_long = [key for key, length in lengths.items() if length > recipe.max_tokens]
+        skipped += [
+            Skipped(key=key, reason=_over_limit(lengths.pop(key), recipe)) for key in too_long
+        ]
     if not lengths:
         raise TrainingError(f"no sample in {len(tars)} tars can be used; {_reasons(skipped)}")
     keys = sorted(lengths)
@@ -274,19 +287,38 @@ def micro_batches(
                 yield part.tolist()
 
     # batch_size None: the set makes whole batches itself.
-    loader: DataLoader[TrainingBatch] = DataLoader(
-        training_set,  # type: ignore[arg-type]
-        sampler=list(plan()),  # type: ignore[arg-type]
+    loader: DataLoader[TrainingBatch | ProjectError] = DataLoader(
+        _ErrorsAsValues(training_set),  # type: ignore[arg-type]
+        sampler=list(plan()),
         batch_size=None,
         num_workers=recipe.workers,
         prefetch_factor=4 if recipe.workers else None,
     )
     step: list[TrainingBatch] = []
     for batch in loader:
+        if isinstance(batch, ProjectError):
+            raise batch
         step.append(batch)
         if len(step) == each:
             yield step
             step = []
+
+
+@dataclass(frozen=True)
+class _ErrorsAsValues(Dataset[list[int]]):
+    """Hands our own errors over as values: raised in a worker process, one would come out with the
+    worker's traceback for its message.
+    """
+
+    batches: TrainingSet
+
+    def __getitem__(  # type: ignore[override]
+        self, numbers: Sequence[int]
+    ) -> TrainingBatch | ProjectError:
+        try:
+            return self.batches[numbers]
+        except ProjectError as error:
+            return error
 
 
 def _measure(
@@ -301,7 +333,7 @@ def _measure(
             prompt = build_prompt(sample.conversation, recipe.template, tokenizer)
             length = prompt.num_tokens(NUM_VISION)
             if length > recipe.max_tokens:
-                raise UnusableSample(f"{length} tokens, at most {recipe.max_tokens}")  # noqa: TRY301
+                raise UnusableSample(_over_limit(length, recipe))  # noqa: TRY301
             lengths[entry.key] = length
         except UnusableSample as reason:
             skipped.append(Skipped(key=entry.key, reason=str(reason)))
@@ -319,7 +351,16 @@ def _match(where: Mapping[str, object], source: TeacherSource) -> dict[str, int]
         )
     if absent:
         log.info("%d of the cache's %d samples are not in --data", len(absent), len(known))
+    if unknown := len(where) - (len(known) - len(absent)):
+        log.warning(
+            "%d of the %d samples in --data are not in the cache and are left out; cache-tools "
+            "info says what it skipped and whether its build is complete", unknown, len(where),
+        )  # fmt: skip
     return {key: source.num_tokens(key) for key in known if key in where}
+
+
+def _over_limit(length: int, recipe: Recipe) -> str:
+    return f"{length} tokens, at most {recipe.max_tokens}"
 
 
 def _reasons(skipped: Sequence[Skipped]) -> str:

@@ -4,6 +4,7 @@ Every question of a conversation is asked with the true conversation before it; 
 its text is exactly the true one, spaces around it aside.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from shared.errors import TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION, MobileVLM
 from shared.prompt import IGNORE, Prompt, build_prompt, question_ids
-from shared.samples import Sample, index_tars, read_samples
+from shared.samples import Sample, SampleEntry, TarIndex, index_tars, read_sample
 from shared.sequence import pad_sequences
 from shared.spec import Template
 from shared.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 _BATCH = 64
 
@@ -108,20 +111,16 @@ class HeldOutSet:
         model.eval()
         total = Scores()
         mine = self._entries[rank::world]
-        with tqdm(total=len(mine), unit="sample", desc="evaluate", delay=2, disable=rank > 0, leave=False) as bar:
+        with tqdm(
+            total=len(mine), unit="sample", desc="evaluate", delay=2, disable=rank > 0, leave=False
+        ) as bar:
             for start in range(0, len(mine), _BATCH):
-                samples: list[HeldOutSample] = []
-                for index, entry in mine[start : start + _BATCH]:
-                    ((_, sample),) = read_samples(index, [entry])
-                    try:
-                        if isinstance(sample, UnusableSample):
-                            raise sample
-                        samples.append(self.prepare(sample))
-                    except UnusableSample:
-                        total += Scores(skipped=1)
+                entries = mine[start : start + _BATCH]
+                samples = self._read(entries)
+                total += Scores(skipped=len(entries) - len(samples))
                 if samples:
                     total += self._score_batch(model, samples)
-                bar.update(len(mine[start : start + _BATCH]))
+                bar.update(len(entries))
         model.train(training)
         return total
 
@@ -159,6 +158,15 @@ class HeldOutSet:
         for (number, _), ids in zip(asked, found, strict=True):
             texts[number].append(self._tokenizer.decode(ids, skip_special_tokens=True).strip())
         return texts
+
+    def _read(self, entries: Sequence[tuple[TarIndex, SampleEntry]]) -> list[HeldOutSample]:
+        samples = []
+        for index, entry in entries:
+            try:
+                samples.append(self.prepare(read_sample(index.path, entry)))
+            except UnusableSample as reason:
+                log.warning("held out skipped=%s reason=%s", entry.key, reason)
+        return samples
 
     def _score_batch(self, model: MobileVLM, samples: Sequence[HeldOutSample]) -> Scores:
         nats, positions = supervised_loss(model, samples)

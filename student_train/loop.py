@@ -1,14 +1,13 @@
 """Training, told in order: batches -> loss terms -> gradients -> step -> log, evaluate, save.
 
-One loss, one gradient: every term is summed over the micro-batches of all processes and divided once
-by its count over the whole global batch, so how a batch is split changes nothing.
+One loss, one gradient: every term is summed over the micro-batches of all processes and divided
+once by its count over the whole global batch, so how a batch is split changes nothing.
 """
 
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from shared.errors import TrainingError
+from shared.errors import ConfigError, TrainingError
 from student_train.config import Recipe
 from student_train.data import TrainingBatch, TrainingSet, micro_batches
 from student_train.evaluate import HeldOutSet, Scores
 from student_train.runs import RunFolder
 from student_train.student import TERMS, AlignedStudent
+from student_train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -66,20 +64,24 @@ def train(
         student.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     module, optimizer = accelerator.prepare(student, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    first_step = _resume(accelerator, checkpoint)
-    run.cut_log(first_step)
+    progress = _resume(accelerator, checkpoint)
+    first_step = progress["step"]
     batches = micro_batches(
         training_set, first_step=first_step, last_step=last_step,
         rank=accelerator.process_index, world=accelerator.num_processes,
     )  # fmt: skip
     module.train()
-    scores, watch = None, _Watch(run, accelerator, recipe, first_step, last_step)
+    scores = None
+    watch = Watch(
+        run, main=accelerator.is_main_process, every=recipe.log_every, first=first_step,
+        last=last_step, unlogged=progress["unlogged"],
+    )  # fmt: skip
     with watch:
         for step, micro in enumerate(batches, start=first_step + 1):
             terms = _gradients(module, student, micro, accelerator)
             norm = accelerator.clip_grad_norm_(module.parameters(), recipe.optim.clip_norm)
             watch.check(step, terms, micro)
-            rate = scheduler.get_last_lr()[0]
+            rate = float(scheduler.get_last_lr()[0])
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -88,18 +90,26 @@ def train(
             if held_out is not None and (due or step == last_step):
                 scores = watch.evaluation(step, _evaluate(student, held_out, accelerator))
             if step % recipe.save_every == 0 or step == last_step:
-                save_checkpoint(run, accelerator, step, recipe.keep_checkpoints)
+                progress = {"step": step, "unlogged": watch.unlogged}
+                save_checkpoint(run, accelerator, progress, recipe.keep_checkpoints)
     if scores is None and held_out is not None:  # resumed at the end
         scores = _evaluate(student, held_out, accelerator)
     return Outcome(steps=last_step, seconds=watch.seconds, scores=scores)
 
 
 def make_accelerator(recipe: Recipe, *, cpu: bool) -> Accelerator:
-    """Devices and number format; processes come from torchrun or accelerate launch."""
+    """Devices and number format; processes come from torchrun or accelerate launch.
+
+    Raises:
+        ConfigError: float16 without a GPU, where accelerate would quietly train in float32.
+    """
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[recipe.precision]
     # A micro-batch of text only uses neither the projector nor the adapters.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[unused])
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[unused])
+    if mixed == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("precision float16 needs a GPU; on the CPU use bfloat16 or float32")
+    return accelerator
 
 
 def num_steps(training_set: TrainingSet, world: int) -> int:
@@ -118,8 +128,8 @@ def num_steps(training_set: TrainingSet, world: int) -> int:
     per_epoch = len(training_set) // recipe.global_batch
     if not per_epoch:
         raise TrainingError(
-            f"{len(training_set)} samples are fewer than one global batch of {recipe.global_batch}; "
-            "--set global_batch to less"
+            f"{len(training_set)} samples are fewer than one global batch of "
+            f"{recipe.global_batch}; --set global_batch to less"
         )
     return min(recipe.epochs * per_epoch, recipe.max_steps or recipe.epochs * per_epoch)
 
@@ -137,9 +147,9 @@ def make_optimizer(student: AlignedStudent, recipe: Recipe) -> torch.optim.AdamW
         if parameter.requires_grad:
             prefix = next(prefix for prefix in rates if name.startswith(prefix))
             groups[prefix].append(parameter)
-    # The language model first: its rate is the one that logs show.
+    # The language model, last in `rates`, first: its rate is the one that logs show.
     return torch.optim.AdamW(
-        [{"params": groups[prefix], "lr": rates[prefix]} for prefix in ("", *list(rates)[:2]) if groups[prefix]],
+        [{"params": groups[p], "lr": rates[p]} for p in reversed(rates) if groups[p]],
         weight_decay=optim.weight_decay,
     )
 
@@ -157,25 +167,32 @@ def warmup_cosine(warmup: float, last_step: int) -> Callable[[int], float]:
     return share
 
 
-def save_checkpoint(run: RunFolder, accelerator: Accelerator, step: int, keep: int) -> None:
-    """Write everything that a resumed run needs, then give it its name."""
+def save_checkpoint(
+    run: RunFolder, accelerator: Accelerator, progress: Mapping[str, Any], keep: int
+) -> None:
+    """Write everything that a resumed run needs, then give it its name.
+
+    Args:
+        progress: `step`, and what the log has not written yet.
+        keep: checkpoints that stay.
+    """
+    step = int(progress["step"])
     partial = run.checkpoint_path(step).with_suffix(".partial")
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
-        (partial / "progress.json").write_text(json.dumps({"step": step}))
+        (partial / "progress.json").write_text(json.dumps(progress))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.commit_checkpoint(partial, step, keep)
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Accelerator, checkpoint: Path | None) -> int:
+def _resume(accelerator: Accelerator, checkpoint: Path | None) -> dict[str, Any]:
     if checkpoint is None:
-        return 0
+        return {"step": 0, "unlogged": {}}
     accelerator.load_state(str(checkpoint))
-    step = int(json.loads((checkpoint / "progress.json").read_bytes())["step"])
-    log.info("resumed from=%s step=%d", checkpoint.name, step)
-    return step
+    log.info("resumed from=%s", checkpoint.name)
+    return dict(json.loads((checkpoint / "progress.json").read_bytes()))
 
 
 def _gradients(
@@ -200,8 +217,9 @@ def _gradients(
         for name, value in parts.items():
             totals[TERMS.index(name)] += value.detach()
     totals = accelerator.reduce(totals, "sum")
-    means = {name: float(totals[i] / counts[i]) for i, name in enumerate(TERMS) if student.weights()[i]}
-    return {"loss": float((totals * scale).sum()), **means}
+    means = dict(zip(TERMS, (totals / counts).tolist(), strict=True))
+    used = {name: means[name] for name, w in zip(TERMS, student.weights(), strict=True) if w}
+    return {"loss": float((totals * scale).sum()), **used}
 
 
 def _evaluate(student: AlignedStudent, held_out: HeldOutSet, accelerator: Accelerator) -> Scores:
@@ -212,83 +230,3 @@ def _evaluate(student: AlignedStudent, held_out: HeldOutSet, accelerator: Accele
     sums = torch.tensor(list(vars(mine).values()), dtype=torch.float64, device=accelerator.device)
     nats, *counts = accelerator.reduce(sums, "sum").tolist()
     return Scores(**dict(zip(vars(mine), [nats, *map(round, counts)], strict=True)))
-
-
-class _Watch:
-    """What people see of a run: progress bar, log lines, JSONL, TensorBoard. Main process only."""
-
-    def __init__(
-        self, run: RunFolder, accelerator: Accelerator, recipe: Recipe, first: int, last: int
-    ) -> None:
-        self._main = accelerator.is_main_process
-        self._every, self._last = recipe.log_every, last
-        self._sums: dict[str, float] = {}
-        self._since, self._paused, self._begun = 0, 0.0, time.monotonic()
-        self._mark = self._begun
-        self._redirect = logging_redirect_tqdm()
-        self.seconds = 0.0
-        "Wall time of training, evaluation left out."
-        if self._main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._bar = tqdm(initial=first, total=last, unit="step", desc="train")
-            self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1)
-            self._file = (run.path / "log.jsonl").open("a", buffering=1)
-
-    def __enter__(self) -> "_Watch":
-        self._redirect.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.seconds = time.monotonic() - self._begun - self._paused
-        self._redirect.__exit__(*error)
-        if self._main:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
-
-    def check(self, step: int, terms: dict[str, float], micro: Sequence[TrainingBatch]) -> None:
-        """Stop before a bad step; report samples that were left out of the batch."""
-        for batch in micro:
-            for sample in batch.skipped:
-                log.warning("step=%d skipped=%s reason=%s", step, sample.key, sample.reason)
-        if not math.isfinite(terms["loss"]):
-            shown = " ".join(f"{name}={value:g}" for name, value in terms.items())
-            raise TrainingError(
-                f"step {step}: the loss is not finite ({shown}); the last checkpoint is whole, try a "
-                "lower rate or precision bfloat16"
-            )
-
-    def step(self, step: int, terms: dict[str, float], norm: float, rate: float, samples: int) -> None:
-        """Count one step; write when a line is due."""
-        for name, value in {**terms, "grad_norm": norm}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._since += 1
-        if not self._main:
-            return
-        self._bar.update()
-        self._bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()}, refresh=False)
-        if step % self._every == 0 or step == self._last:
-            now = time.monotonic()
-            line = {name: total / self._since for name, total in self._sums.items()}
-            line |= {"lr": rate, "samples_per_second": samples * self._since / (now - self._mark)}
-            self._write(step, line)
-            self._sums, self._since, self._mark = {}, 0, now
-
-    def evaluation(self, step: int, scores: Scores) -> Scores:
-        """Write an evaluation; its time does not count as training."""
-        line: dict[str, float] = {"eval_loss": scores.loss}
-        if scores.exact_match is not None:
-            line["eval_exact_match"] = scores.exact_match
-        if self._main:
-            self._write(step, line)
-        now = time.monotonic()
-        self._paused += now - self._mark
-        self._mark = now
-        return scores
-
-    def _write(self, step: int, line: dict[str, float]) -> None:
-        log.info("step=%d/%d %s", step, self._last, " ".join(f"{k}={v:.4g}" for k, v in line.items()))
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        for name, value in line.items():
-            self._board.add_scalar(name, value, step)

@@ -30,8 +30,8 @@ def topk_kl(
 ) -> Float[Tensor, " R"]:
     """L_rkl: KL between student and teacher in nats, per response position, temperature 1.
 
-    Outside the cached top k only the teacher's total mass is known, so the rest of the vocabulary is
-    compared as one bucket. This is a lower bound of the full KL, exact when k is the vocabulary.
+    Outside the cached top k only the teacher's total mass is known, so the rest of the vocabulary
+    is compared as one bucket. This is a lower bound of the full KL, exact when k is the vocabulary.
 
     Args:
         rest_logprobs: log of the teacher's mass outside the top k; None if k is the vocabulary.
@@ -61,9 +61,10 @@ def attention_mse(
         teacher: through the adapter, so that it has the student's heads.
         row_mask: True for rows that are text; padded rows hold anything.
     """
-    row_NQ = (student.float() - teacher.float()).square().mean(dim=(1, 3))
-    # where, not `*`: padding may hold inf or NaN, and 0 * inf is NaN.
-    return torch.where(row_mask, row_NQ, 0).sum(dim=1) / row_mask.sum(dim=1)
+    # where, not `*`, and before the square: padding may hold inf or NaN, and 0 * inf is NaN, in the
+    # backward pass too.
+    error_NHQV = torch.where(row_mask[:, None, :, None], student.float() - teacher.float(), 0)
+    return error_NHQV.square().mean(dim=(1, 3)).sum(dim=1) / row_mask.sum(dim=1)
 
 
 def vision_mse(

@@ -1,11 +1,11 @@
 """A run's folder: its settings, checkpoints, logs and export.
 
-    OUT/run.json                      recipe and identities; compared when the run is resumed
-    OUT/log.jsonl, OUT/tensorboard/   what happened, step by step
-    OUT/checkpoints/step-00000500/    everything that a resumed run needs (this run's own, not to be
-                                      shared: accelerate stores random states as pickle)
-    OUT/export/                       the student in the published layout
-    OUT/adapters.safetensors          the adapters, for a next stage
+OUT/run.json                      recipe and identities; compared when the run is resumed
+OUT/log.jsonl, OUT/tensorboard/   what happened, step by step
+OUT/checkpoints/step-00000500/    everything that a resumed run needs (this run's own, not to be
+                                  shared: accelerate stores random states as pickle)
+OUT/export/                       the student in the published layout
+OUT/adapters.safetensors          the adapters, for a next stage
 """
 
 import json
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from shared.checkpoint import copy_settings, write_weights
@@ -32,29 +33,41 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         "The folder."
+        self._settings = path / "run.json"
 
-    def begin(self, settings: Mapping[str, Any], *, resume: bool, write: bool) -> Path | None:
-        """Claim the folder; the checkpoint to go on from, if there is one.
+    def check_free(self) -> None:
+        """Refuse a folder that holds a run.
+
+        Raises:
+            TrainingError: it does.
+        """
+        if self._settings.is_file():
+            raise TrainingError(
+                f"{self.path}: holds a run already; --resume continues it, another --out starts a "
+                "new one"
+            )
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with a run that began with something else.
 
         Args:
             settings: recipe and identities of what the run uses.
-            resume: whether an earlier run may be continued.
-            write: whether this process writes (one of them does).
 
         Raises:
-            TrainingError: the folder holds a run and `resume` is off, or that run's settings differ.
+            TrainingError: names both values.
         """
-        file = self.path / "run.json"
-        if file.is_file():
-            if not resume:
+        if not self._settings.is_file():
+            return
+        for name, old, new in differences(_read_settings(self._settings), settings):
+            if name.removeprefix("recipe.") not in WATCHING:
                 raise TrainingError(
-                    f"{self.path}: holds a run already; --resume continues it, another --out starts "
-                    "a new one"
+                    f"{self.path}: cannot be resumed: {name} was {old!r} and is {new!r} now; use "
+                    "what the run began with, or another --out"
                 )
-            self._compare(json.loads(file.read_bytes()), settings)
-        if write:
-            put_file(file, json.dumps(settings, indent=1).encode())
-        return self.newest_checkpoint()
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Claim the folder."""
+        put_file(self._settings, json.dumps(settings, indent=1).encode())
 
     def newest_checkpoint(self) -> Path | None:
         """The last whole checkpoint."""
@@ -87,19 +100,6 @@ class RunFolder:
             kept = [line for line in lines if _step_of(line) <= step]
             put_file(file, "".join(f"{line}\n" for line in kept).encode())
 
-    def _compare(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-        unequal = [
-            found
-            for found in differences(there, here)
-            if found[0].removeprefix("recipe.") not in WATCHING
-        ]
-        if unequal:
-            name, old, new = unequal[0]
-            raise TrainingError(
-                f"{self.path}: cannot be resumed: {name} was {old!r} and is {new!r} now; use what "
-                "the run began with, or another --out"
-            )
-
 
 def export_student(
     model: MobileVLM, source: Path, folder: Path, *, form: str, lineage: Mapping[str, Any]
@@ -111,21 +111,20 @@ def export_student(
         form: `bin` or `safetensors`.
         lineage: what the student was trained with, written beside it as `distillation.json`.
     """
-    if folder.exists():
-        shutil.rmtree(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     copy_settings(source, partial, leave_out=("config.json",))
     config = dict(model.config.published)
-    tower = source / str(config.get("mm_vision_tower"))
-    if tower.is_dir():  # a tower that travels inside the folder: its settings go along
-        shutil.copytree(
-            tower, partial / tower.name, ignore=shutil.ignore_patterns("*.bin", "*.safetensors")
-        )
+    tower = Path(str(config.get("mm_vision_tower")))
+    if not tower.is_absolute() and (source / tower).is_dir():
+        # A tower that travels inside the folder: its settings go along.
+        weights = shutil.ignore_patterns("*.bin", "*.safetensors")
+        shutil.copytree(source / tower, partial / tower, ignore=weights)
     write_weights(partial, model.published_state(), form)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (partial / "distillation.json").write_text(json.dumps(lineage, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 
 
@@ -143,7 +142,7 @@ def load_adapters(adapters: Adapters, path: Path) -> None:
     try:
         state = load_file(path)
         adapters.load_state_dict(state)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path}: cannot be read ({error})") from error
     except RuntimeError as error:
         found = {name: list(tensor.shape) for name, tensor in state.items()}
@@ -151,9 +150,17 @@ def load_adapters(adapters: Adapters, path: Path) -> None:
         raise TrainingError(f"{path}: adapters {found} do not fit, expected {wanted}") from error
 
 
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingError(
+            f"{file}: cannot be read ({error}); start anew in another --out"
+        ) from error
+
+
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line that was cut short
-

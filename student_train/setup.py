@@ -13,7 +13,7 @@ from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder, weights_digest
 from shared.errors import ConfigError
 from shared.images import ImageProcessor
-from shared.mobilevlm import MobileVLM, load_model
+from shared.mobilevlm import NUM_VISION, MobileVLM, load_model
 from shared.record import compare
 from shared.samples import expand_tars
 from shared.spec import canonical_digest
@@ -53,6 +53,9 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
         ProjectError: anything that does not fit; both values are named.
     """
     accelerator = make_accelerator(recipe, cpu=cpu)
+    run = RunFolder(out)
+    if not resume:
+        run.check_free()
     torch.manual_seed(recipe.seed)
     folder = ModelFolder(inputs.student)
     cache = open_cache(inputs.cache) if inputs.cache else None
@@ -62,16 +65,20 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     if cache is not None:
         check_fit(cache, recipe, tokenizer, model, inputs.student)
     student = _make_student(model, recipe, cache, inputs.adapters)
-    run = RunFolder(out)
+    tars = expand_tars(inputs.data)
+    if cache is not None:
+        check_tars(cache, tars)
+    training_set = load_training_set(tars, recipe, tokenizer, processor, cache)
     settings = {
         "recipe": recipe.to_dict(),
         "student_weights": weights_digest(student.state_dict()),
         "cache": cache_identity(cache) if cache else None,
+        "data": training_set.identity,
     }
-    checkpoint = run.begin(settings, resume=resume, write=accelerator.is_main_process)
-    training_set = load_training_set(
-        expand_tars(inputs.data), recipe, tokenizer, processor, cache
-    )
+    run.check_settings(settings)
+    accelerator.wait_for_everyone()  # all processes have looked before one of them writes
+    if accelerator.is_main_process:
+        run.write_settings(settings)
     log.info(
         "samples=%d skipped=%d processes=%d device=%s", len(training_set),
         len(training_set.skipped), accelerator.num_processes, accelerator.device,
@@ -79,7 +86,7 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     for sample in training_set.skipped[:20]:
         log.warning("skipped=%s reason=%s", sample.key, sample.reason)
     held_out = _held_out(inputs, recipe, tokenizer, processor)
-    outcome = train(student, training_set, held_out, run, accelerator, checkpoint)
+    outcome = train(student, training_set, held_out, run, accelerator, run.newest_checkpoint())
     if accelerator.is_main_process:
         _export(accelerator, student, folder, run, recipe, settings)
     accelerator.end_training()
@@ -92,16 +99,15 @@ def check_fit(
     """Refuse a cache and a student that see different sequences.
 
     Raises:
-        MismatchError: tokenizer, template, image aspect, limit or vision tokens; both values named.
+        MismatchError: template, image aspect, tokenizer, vision tokens or (for the KL) vocabulary;
+            both values are named.
     """
-    from shared.mobilevlm import NUM_VISION
-
-    spec = cache.spec
+    teacher = cache.identity["teacher"]
     there = {
-        "template": spec.template,
-        "image_aspect": spec.image_aspect,
+        "template": cache.spec.template,
+        "image_aspect": cache.spec.image_aspect,
         "tokenizer": cache.identity["tokenizer"],
-        "vision_tokens": cache.identity["teacher"]["vision_tokens"],
+        "vision_tokens": teacher["vision_tokens"],
     }
     here = {
         "template": recipe.template,
@@ -109,18 +115,29 @@ def check_fit(
         "tokenizer": tokenizer_identity(tokenizer),
         "vision_tokens": NUM_VISION,
     }
+    if recipe.loss.kl and cache.spec.logprobs is not None:
+        there["vocab_size"] = teacher["vocab_size"]
+        here["vocab_size"] = int(model.llm.config.vocab_size)
     advice = (
         f"The student ({student}) must see exactly the sequences that the teacher saw: change the "
         "recipe, or build a cache for this student."
     )
     compare(f"cache {cache.root}", there, here, advice)
-    vocabulary = int(model.llm.config.vocab_size)
-    if spec.logprobs is not None and cache.identity["teacher"]["vocab_size"] != vocabulary:
-        compare(
-            f"cache {cache.root}",
-            {"vocab_size": cache.identity["teacher"]["vocab_size"]}, {"vocab_size": vocabulary},
-            advice,
-        )  # fmt: skip
+
+
+def check_tars(cache: Cache, tars: Sequence[Path]) -> None:
+    """Refuse tars that have the name of one of the cache's, but not its size.
+
+    Tars under other names are let through: samples may have been packed anew.
+
+    Raises:
+        MismatchError: names both sizes.
+    """
+    recorded = {record.tar.name: record.tar.size for record in cache.records.values()}
+    here = {tar.name: tar.stat().st_size for tar in tars if tar.name in recorded}
+    there = {name: recorded[name] for name in here}
+    advice = "Sizes in bytes. Train on the tars that the cache was built from."
+    compare(f"cache {cache.root}: tar", there, here, advice)
 
 
 def cache_identity(cache: Cache) -> dict[str, Any]:
@@ -134,7 +151,9 @@ def _make_student(
 ) -> AlignedStudent:
     if cache is None:
         if adapters is not None:
-            raise ConfigError("--adapters needs --cache: without a teacher there is nothing to adapt")
+            raise ConfigError(
+                "--adapters needs --cache: without a teacher there is nothing to adapt"
+            )
         return AlignedStudent(model, recipe.loss, train_tower=recipe.train_tower)
     student = AlignedStudent(
         model, recipe.loss, teacher=TeacherShape.of(cache.identity), spec=cache.spec,

@@ -53,19 +53,16 @@ class Adapters(nn.Module):
     of the exported student.
     """
 
-    def __init__(self, teacher: TeacherShape, layers: tuple[int, ...], heads: int, width: int) -> None:
+    def __init__(
+        self, teacher: TeacherShape, layers: tuple[int, ...], heads: int, width: int
+    ) -> None:
         """`layers`: teacher layers whose attention is compared; `heads`, `width`: the student's."""
         super().__init__()
         self.attention = nn.ModuleDict(
-            {str(layer): nn.Conv2d(teacher.heads, heads, kernel_size=1) for layer in layers}
+            {str(layer): _map_of_heads(teacher.heads, heads) for layer in layers}
         )
         self.vision = nn.Linear(teacher.width, width)
         nn.init.zeros_(self.vision.bias)
-        for adapter in self.attention.values():
-            # Near the mean over heads. Torch's default bias (up to 1/sqrt(heads)) is far larger than
-            # any attention weight and would drown the signal at first.
-            nn.init.normal_(adapter.weight, mean=1 / teacher.heads, std=0.1 / teacher.heads)
-            nn.init.zeros_(adapter.bias)
 
 
 class AlignedStudent(nn.Module):
@@ -171,7 +168,9 @@ class AlignedStudent(nn.Module):
         start, lengths = sequences.vision_start[keep], sequences.lengths[keep]
         errors = []
         for teacher_layer, student_layer in self.layer_map.items():
-            student = text_to_vision(_only(caught[student_layer], keep), start, lengths, row_mask.shape[1])
+            student = text_to_vision(
+                _only(caught[student_layer], keep), start, lengths, row_mask.shape[1]
+            )
             adapted = self.adapters.attention[str(teacher_layer)](targets.attention[teacher_layer])
             errors.append(attention_mse(student, adapted, row_mask).sum())
         return torch.stack(errors).mean()
@@ -201,8 +200,8 @@ def check_loss(loss: LossConfig, spec: CacheSpec, model: MobileVLM) -> dict[int,
     for name, signal in stored.items():
         if getattr(loss, name) and signal is None:
             raise ConfigError(
-                f"the recipe weighs loss.{name} with {getattr(loss, name)}, but the cache stores no "
-                f"such signal; --set loss.{name}=0, or build a cache whose spec has it"
+                f"the recipe weighs loss.{name} with {getattr(loss, name)}, but the cache stores "
+                f"no such signal; --set loss.{name}=0, or build a cache whose spec has it"
             )
     if loss.vision and loss.focus_tokens and spec.attention is None:
         raise ConfigError(
@@ -229,3 +228,13 @@ def check_loss(loss: LossConfig, spec: CacheSpec, model: MobileVLM) -> dict[int,
 
 def _only(caught: QueryKey, keep: Tensor) -> QueryKey:
     return QueryKey(query=caught.query[keep], key=caught.key[keep], cos=caught.cos, sin=caught.sin)
+
+
+def _map_of_heads(teacher_heads: int, heads: int) -> nn.Conv2d:
+    adapter = nn.Conv2d(teacher_heads, heads, kernel_size=1)
+    # Near the mean over heads. Torch's default bias (up to 1/sqrt(heads)) is far larger than
+    # any attention weight and would drown the signal at first.
+    nn.init.normal_(adapter.weight, mean=1 / teacher_heads, std=0.1 / teacher_heads)
+    assert adapter.bias is not None
+    nn.init.zeros_(adapter.bias)
+    return adapter

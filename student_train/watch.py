@@ -1,0 +1,126 @@
+"""What people see of a run: progress bar, log lines, JSONL, TensorBoard. Main process only."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from shared.errors import TrainingError
+from student_train.data import TrainingBatch
+from student_train.evaluate import Scores
+from student_train.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Counts steps between log lines; a line holds the means over them."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        *,
+        main: bool,
+        every: int,
+        first: int,
+        last: int,
+        unlogged: Mapping[str, float],
+    ) -> None:
+        """Open the logs.
+
+        Args:
+            main: whether this process writes.
+            every: steps between log lines.
+            unlogged: what `unlogged` was when step `first` was saved.
+        """
+        self._main, self._every, self._last = main, every, last
+        self._sums = dict(unlogged)
+        self._timed, self._paused, self._begun = 0, 0.0, time.monotonic()
+        self._mark = self._begun
+        self._redirect = logging_redirect_tqdm()
+        self.seconds = 0.0
+        "Wall time of training, evaluation left out."
+        if self._main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            run.cut_log(first)
+            self._bar = tqdm(initial=first, total=last, unit="step", desc="train")
+            self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1)
+            self._file = (run.path / "log.jsonl").open("a", buffering=1)
+
+    def __enter__(self) -> "Watch":
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.seconds = time.monotonic() - self._begun - self._paused
+        self._redirect.__exit__(*error)
+        if self._main:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    @property
+    def unlogged(self) -> dict[str, float]:
+        """Sums over the steps since the last line: saved, so that a resumed run logs the same."""
+        return dict(self._sums)
+
+    def check(self, step: int, terms: Mapping[str, float], micro: Sequence[TrainingBatch]) -> None:
+        """Report samples that were left out of the batch, and stop before a bad step.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        for batch in micro:
+            for sample in batch.skipped:
+                log.warning("step=%d skipped=%s reason=%s", step, sample.key, sample.reason)
+        if not math.isfinite(terms["loss"]):
+            shown = " ".join(f"{name}={value:g}" for name, value in terms.items())
+            raise TrainingError(
+                f"step {step}: the loss is not finite ({shown}); the last checkpoint is whole, try "
+                "a lower rate or precision bfloat16"
+            )
+
+    def step(
+        self, step: int, terms: Mapping[str, float], norm: float, rate: float, samples: int
+    ) -> None:
+        """Count one step; write when a line is due."""
+        for name, value in {"steps": 1, **terms, "grad_norm": norm}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._timed += 1
+        if self._main:
+            self._bar.update()
+            shown = {name: f"{value:.3g}" for name, value in terms.items()}
+            self._bar.set_postfix(shown, refresh=False)
+        if step % self._every == 0 or step == self._last:
+            now = time.monotonic()
+            steps = self._sums.pop("steps")
+            line = {name: total / steps for name, total in self._sums.items()}
+            line |= {"lr": rate, "samples_per_second": samples * self._timed / (now - self._mark)}
+            self._write(step, line)
+            self._sums, self._timed, self._mark = {}, 0, now
+
+    def evaluation(self, step: int, scores: Scores) -> Scores:
+        """Write an evaluation; its time does not count as training."""
+        line: dict[str, float] = {"eval_loss": scores.loss}
+        if scores.exact_match is not None:
+            line["eval_exact_match"] = scores.exact_match
+        self._write(step, line)
+        now = time.monotonic()
+        self._paused += now - self._mark
+        self._mark = now
+        return scores
+
+    def _write(self, step: int, line: Mapping[str, float]) -> None:
+        if not self._main:
+            return
+        shown = " ".join(f"{name}={value:.4g}" for name, value in line.items())
+        log.info("step=%d/%d %s", step, self._last, shown)
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        for name, value in line.items():
+            self._board.add_scalar(name, value, step)

@@ -22,19 +22,18 @@ def main() -> None:
     """Compute and write."""
     torch.set_num_threads(1)
     settings = json.loads(sys.argv[1])
-    changed = recipe(micro_batch=settings["micro_batch"])
-    accelerator = make_accelerator(changed, cpu=True)
+    accelerator = make_accelerator(recipe(), cpu=True)
     assert accelerator.num_processes == int(os.environ["WORLD_SIZE"]) == 2
     rank = accelerator.process_index
     cache = open_cache(settings["cache"])
-    samples = training_set([Path(tar) for tar in settings["tars"]], changed, cache)
-    mine = settings["order"][rank::2]
-    terms, gradients = gradients_of(
-        aligned(changed, cache), list(batches_of(samples, mine, changed.micro_batch)), changed
-    )
-    out = Path(settings["out"])
-    (out / f"{rank}.json").write_text(json.dumps(terms))
-    save_file({name: g.contiguous() for name, g in gradients.items()}, out / f"{rank}.safetensors")
+    for name, case in settings["cases"].items():
+        changed = recipe(micro_batch=case["micro_batch"])
+        samples = training_set([Path(tar) for tar in settings["tars"]], changed, cache)
+        mine = list(batches_of(samples, case["order"][rank::2], changed.micro_batch))
+        terms, gradients = gradients_of(aligned(changed, cache), mine, changed)
+        out = Path(settings["out"]) / f"{name}-{rank}"
+        out.with_suffix(".json").write_text(json.dumps(terms))
+        save_file(gradients, out.with_suffix(".safetensors"))
     accelerator.end_training()
 
 

@@ -98,7 +98,7 @@ def gradients_of(
 
     accelerator = make_accelerator(changed, cpu=True)
     if changed.gradient_checkpointing:
-        student.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        student.model.llm.activation_checkpointing_enable({"use_reentrant": False})
     module = accelerator.prepare(student).train()
     terms = _gradients(module, student, batches, accelerator)
     gradients = {

@@ -2,16 +2,18 @@
 batches every sample has its turn.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from shared.cache import Cache
-from student_train.data import TrainingSet
+from student_train.data import TrainingSet, micro_batches, plan_epoch
 from student_train.student import TERMS
 from tests.student_train.support import (
     aligned,
@@ -24,7 +26,6 @@ from tests.student_train.support import (
     training_set,
 )
 
-CHILD = Path(__file__).parent / "one_of_two.py"
 MIXED = [0, 2, 1, 5, 3, 8, 4, 11]
 "One global batch; taken by turns, one process gets 0 1 3 4 and the other, text only, 2 5 8 11."
 
@@ -39,6 +40,13 @@ def whole(mixed: TrainingSet, full_cache: Cache) -> tuple[Any, Any]:
     """Terms and gradients of the batch in one piece."""
     student = aligned(mixed.recipe, full_cache)
     return gradients_of(student, list(batches_of(mixed, MIXED, 8)), mixed.recipe)
+
+
+def assert_same_terms(found: dict[str, float], expected: dict[str, float]) -> None:
+    """Within 1e-5 relative, term by term."""
+    assert found.keys() == expected.keys()
+    unequal = {name: relative(found[name], expected[name]) for name in expected}
+    assert max(unequal.values()) < 1e-5, unequal
 
 
 def test_the_batch_is_mixed(mixed: TrainingSet) -> None:
@@ -73,9 +81,7 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch(
 
     terms, gradients = gradients_of(student, list(batches_of(mixed, MIXED, size)), mixed.recipe)
 
-    assert {
-        name: relative(terms[name], whole[0][name]) < 1e-5 for name in whole[0]
-    } == dict.fromkeys(whole[0], True)
+    assert_same_terms(terms, whole[0])
     assert distance(whole[1], gradients) < 1e-5
 
 
@@ -92,31 +98,131 @@ def test_a_text_only_neighbour_changes_no_alignment_term(
         assert relative(terms[name], whole[0][name]) < 1e-5
 
 
-# In the first case one process has text only. In the second the last micro-batch of both is text
-# only, so that the one pass that synchronises uses neither the projector nor the adapters.
-@pytest.mark.parametrize(
-    ("order", "micro_batch"), [(MIXED, 4), ([0, 1, 3, 4, 2, 5, 8, 11], 2)],
-    ids=["one text-only process", "text-only last micro-batches"],
-)  # fmt: skip
-def test_two_processes_give_the_loss_and_gradient_of_one(
-    order: list[int], micro_batch: int, tars: list[Path], full_path: Path, whole: tuple[Any, Any],
-    tmp_path: Path,
-) -> None:  # fmt: skip
+CASES = {
+    "one text-only process": {"order": MIXED, "micro_batch": 4},
+    # So that the one pass that synchronises uses neither the projector nor the adapters.
+    "text-only last micro-batches": {"order": [0, 1, 3, 4, 2, 5, 8, 11], "micro_batch": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes(
+    tars: list[Path], full_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Where two processes started by torchrun wrote their terms and gradients."""
+    out = tmp_path_factory.mktemp("two")
     settings = {
-        "order": order, "micro_batch": micro_batch, "tars": [str(tar) for tar in tars],
-        "cache": str(full_path), "out": str(tmp_path),
+        "cases": CASES, "tars": [str(tar) for tar in tars], "cache": str(full_path),
+        "out": str(out),
     }  # fmt: skip
-    root = Path(__file__).parents[2]
+    child = Path(__file__).parent / "one_of_two.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run_process([*torchrun, "--nproc_per_node", "2", str(child), json.dumps(settings)])
+    return out
 
-    run_process(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(CHILD), json.dumps(settings)],
-        cwd=root,
-    )  # fmt: skip
 
-    for rank in range(2):
-        terms = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert {name: relative(terms[name], whole[0][name]) < 1e-5 for name in terms} == (
-            dict.fromkeys(whole[0], True)
-        )
-        assert distance(whole[1], load_file(tmp_path / f"{rank}.safetensors")) < 1e-5
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_loss_and_gradient_of_one(
+    case: str, rank: int, two_processes: Path, whole: tuple[Any, Any]
+) -> None:
+    terms = json.loads((two_processes / f"{case}-{rank}.json").read_text())
+    gradients = load_file(two_processes / f"{case}-{rank}.safetensors")
+
+    assert_same_terms(terms, whole[0])
+    assert distance(whole[1], gradients) < 1e-5
+
+
+def test_the_first_case_leaves_one_process_without_images(mixed: TrainingSet) -> None:
+    (mine,) = batches_of(mixed, MIXED[1::2], 4)
+
+    assert not mine.sequences.with_image.any()
+    assert len(mine.pixels) == 0
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_plan_holds_every_sample_at_most_once_per_epoch(grouped: bool) -> None:
+    lengths = np.arange(50) % 7
+
+    plan = plan_epoch(lengths, recipe(group_by_length=grouped), 0)
+
+    assert plan.shape == (6, 8)
+    assert len(set(plan.ravel().tolist())) == 48
+
+
+def test_a_plan_depends_on_seed_and_epoch_alone() -> None:
+    lengths = np.arange(64) % 7
+    plans = [
+        plan_epoch(lengths, recipe(seed=seed), epoch).tolist()
+        for seed, epoch in ((0, 0), (0, 0), (1, 0), (0, 1))
+    ]
+
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2]
+    assert plans[0] != plans[3]
+    assert recipe(micro_batch=1, workers=1) != recipe()
+    assert plan_epoch(lengths, recipe(micro_batch=1, workers=1), 0).tolist() == plans[0]
+
+
+def test_every_epoch_leaves_out_other_samples() -> None:
+    left = [
+        set(range(50)) - set(plan_epoch(np.ones(50, dtype=np.int64), recipe(), n).ravel().tolist())
+        for n in range(4)
+    ]
+
+    assert all(len(samples) == 2 for samples in left)
+    assert len(set.union(*left)) > 4
+
+
+def test_batches_grouped_by_length_need_less_padding_and_come_in_random_order() -> None:
+    lengths = np.random.default_rng(0).integers(150, 2000, size=400)
+
+    def padding(grouped: bool) -> int:
+        batches = lengths[plan_epoch(lengths, recipe(group_by_length=grouped), 0)]
+        return int((batches.max(axis=1, keepdims=True) - batches).sum())
+
+    assert padding(True) < padding(False) / 10
+    longest = lengths[plan_epoch(lengths, recipe(group_by_length=True), 0)].max(axis=1)
+    assert longest.tolist() != sorted(longest.tolist(), reverse=True)
+
+
+def seen(
+    samples: TrainingSet, *, first: int, last: int, rank: int = 0, world: int = 1
+) -> list[list[list[int]]]:
+    """Lengths of the samples of each step's micro-batches."""
+    steps = micro_batches(samples, first_step=first, last_step=last, rank=rank, world=world)
+    return [[batch.sequences.lengths.tolist() for batch in step] for step in steps]
+
+
+def numbered(samples: TrainingSet, **changes: Any) -> TrainingSet:
+    """The same samples under another recipe."""
+    return dataclasses.replace(samples, recipe=recipe(**changes))
+
+
+def test_a_resumed_run_goes_on_with_the_very_next_sample(mixed: TrainingSet) -> None:
+    samples = numbered(mixed, epochs=2, micro_batch=2)
+    whole_run = seen(samples, first=0, last=6)
+
+    assert seen(samples, first=4, last=6) == whole_run[4:]
+    assert len(whole_run) == 6
+    assert all(len(step) == 4 for step in whole_run)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_covers_the_same_global_batches(
+    mixed: TrainingSet, world: int
+) -> None:
+    samples = numbered(mixed, micro_batch=2)
+    alone = seen(samples, first=0, last=3)
+
+    shared = [seen(samples, first=0, last=3, rank=rank, world=world) for rank in range(world)]
+
+    for step in range(3):
+        together = [n for rank in shared for batch in rank[step] for n in batch]
+        assert sorted(together) == sorted(n for batch in alone[step] for n in batch)
+
+
+def test_worker_processes_give_the_batches_of_none(mixed: TrainingSet) -> None:
+    assert seen(numbered(mixed, workers=2, micro_batch=2), first=0, last=3) == seen(
+        numbered(mixed, micro_batch=2), first=0, last=3
+    )

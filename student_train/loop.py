@@ -61,7 +61,7 @@ def train(
     optimizer = make_optimizer(student, recipe)
     scheduler = LambdaLR(optimizer, warmup_cosine(recipe.optim.warmup, last_step))
     if recipe.gradient_checkpointing:
-        student.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        student.model.llm.activation_checkpointing_enable({"use_reentrant": False})
     module, optimizer = accelerator.prepare(student, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     progress = _resume(accelerator, checkpoint)

@@ -178,7 +178,7 @@ def spec_of(record: ShardRecord) -> CacheSpec:
         DamagedError: it is not a spec that this version knows.
     """
     try:
-        return CacheSpec.from_dict(record.identity["spec"], where=f"shard {record.name}: spec")
+        return build(CacheSpec, record.identity["spec"], where=f"shard {record.name}: spec")
     except (KeyError, ConfigError) as error:
         raise DamagedError(f"shard {record.name}: unreadable spec ({error})") from error
 

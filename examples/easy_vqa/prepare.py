@@ -94,4 +94,3 @@ def image_folder(split: Split) -> Path:
     """Where the package keeps the images of a split."""
     paths = easy_vqa.get_test_image_paths() if split == "test" else easy_vqa.get_train_image_paths()
     return Path(next(iter(paths.values()))).parent
-

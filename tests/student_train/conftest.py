@@ -1,5 +1,6 @@
 """A mixed data set of 24 samples in two tars, and its cache."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,13 @@ def full_path(tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def full_cache(full_path: Path) -> Cache:
     """The opened cache."""
     return open_cache(full_path)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps the number format of the first Accelerator of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

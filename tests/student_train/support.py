@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from click.testing import Result
 from torch import Tensor
 
-from shared.cache import Cache, open_cache
+from shared.cache import Cache
 from shared.checkpoint import ModelFolder
 from shared.images import ImageProcessor
 from shared.mobilevlm import load_model
@@ -196,6 +195,12 @@ def log_lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
+def num_lines(run: Path) -> int:
+    """Whole lines of the JSONL of a run that is going on."""
+    file = run / "log.jsonl"
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
 def loss_lines(run: Path) -> list[dict[str, float]]:
     """The run's JSONL without what the clock decides."""
     return [
@@ -212,19 +217,9 @@ def exported(run: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def copy_run(source: Path, to: Path) -> Path:
-    """A copy of a run, to be gone on with."""
-    return Path(shutil.copytree(source, to))
-
-
 def batches_of(
     changed: TrainingSet, numbers: Sequence[int], micro_batch: int
 ) -> Iterator[TrainingBatch]:
     """Micro-batches of the given samples, in order."""
     for start in range(0, len(numbers), micro_batch):
         yield changed[list(numbers[start : start + micro_batch])]
-
-
-def opened(path: Path) -> Cache:
-    """The cache, opened."""
-    return open_cache(path)

@@ -1,6 +1,5 @@
 """The student module: what is captured, what is trained, and what must not change a number."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,16 +25,6 @@ IMAGES, TEXT = [0, 1, 3, 4], [2, 5, 8, 11]
 @pytest.fixture(scope="module")
 def mixed(tars: list[Path], full_cache: Cache) -> TrainingSet:
     return training_set(tars, recipe(), full_cache)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps the number format of the first Accelerator of a process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_gradient_checkpointing_changes_neither_loss_nor_gradient(

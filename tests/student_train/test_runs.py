@@ -1,0 +1,438 @@
+"""A run from the command line: what it leaves behind, and that a killed one goes on as if nothing
+had happened.
+"""
+
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.cache import Cache
+from shared.checkpoint import ModelFolder
+from shared.mobilevlm import MobileVLM, load_model
+from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
+from student_train.student import TERMS
+from tests.student_train.support import (
+    SPEC,
+    STUDENT,
+    aligned,
+    arguments,
+    command_line,
+    environment,
+    exported,
+    kill_when,
+    log_lines,
+    loss_lines,
+    num_lines,
+    recipe,
+    run_process,
+    train,
+    training_set,
+    write_recipe,
+)
+from tests.support import CLIP, build, teacher_copy
+
+# 12 steps; log lines, evaluations and checkpoints fall on different steps.
+RUN: dict[str, Any] = {
+    "global_batch": 4, "micro_batch": 2, "epochs": 2, "log_every": 2, "save_every": 3,
+    "eval_every": 5, "eval_samples": 4, "max_new_tokens": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def orphan_cache(tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache whose teacher is gone."""
+    folder = tmp_path_factory.mktemp("orphan")
+    teacher = teacher_copy(folder / "teacher")
+    build(folder / "cache", tars, SPEC, teacher)
+    shutil.rmtree(teacher)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tars: list[Path], orphan_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run, by a process of its own."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    stdout = run_process(process(out, tars, orphan_cache))
+    assert json.loads(stdout)["steps"] == 12
+    return out
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """Sums in the order of the processes that these tests start."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def process(out: Path, tars: list[Path], cache: Path, *options: str) -> list[str]:
+    """The command of the run."""
+    file = write_recipe(out.with_suffix(".yaml"), **RUN)
+    return command_line(
+        *arguments(out, tars, cache, file, "--eval-data", tars[1], "--json", *options)
+    )
+
+
+def resume(out: Path, tars: list[Path], cache: Path) -> None:
+    """Go on in this process."""
+    result = train(out, tars, cache, "--eval-data", tars[1], "--resume", **RUN)
+    assert result.exit_code == 0, result.output
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Bit-identical weights, adapters, and log values that the clock does not decide."""
+    ours, theirs = exported(found), exported(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    ours, theirs = (load_file(run / "adapters.safetensors") for run in (found, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert loss_lines(found) == loss_lines(expected)
+
+
+# -- what a run leaves behind --------------------------------------------------------------------
+
+
+def test_a_run_needs_no_teacher(undisturbed: Path, orphan_cache: Path) -> None:
+    assert not (orphan_cache.parent / "teacher").exists()
+    assert (undisturbed / "export" / "pytorch_model.bin").is_file()
+
+
+def test_the_log_has_every_loss_term_and_every_evaluation(undisturbed: Path) -> None:
+    lines = log_lines(undisturbed)
+    steps = [line["step"] for line in lines if "loss" in line]
+    evaluations = [line["step"] for line in lines if "eval_loss" in line]
+
+    assert steps == [2, 4, 6, 8, 10, 12]
+    assert evaluations == [5, 10, 12]
+    for line in lines:
+        if "loss" in line:
+            assert {*TERMS, "loss", "grad_norm", "lr", "samples_per_second"} <= set(line)
+        else:
+            assert set(line) == {"step", "eval_loss", "eval_exact_match"}
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_log_line_holds_means_over_the_steps_since_the_last(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / "every", tars, orphan_cache, **{**RUN, "log_every": 1, "eval_every": None})
+    each = [line for line in log_lines(tmp_path / "every") if "loss" in line]
+
+    for line in (line for line in log_lines(undisturbed) if "loss" in line):
+        pair = [other for other in each if line["step"] - 2 < other["step"] <= line["step"]]
+        for name in ("loss", *TERMS, "grad_norm"):
+            assert line[name] == pytest.approx(sum(p[name] for p in pair) / 2, rel=1e-6)
+
+
+def test_tensorboard_has_every_loss_term(undisturbed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(undisturbed / "tensorboard"))
+    board.Reload()
+
+    assert {*TERMS, "loss", "lr", "grad_norm", "eval_loss"} <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("loss")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_only_the_newest_checkpoints_are_kept(undisturbed: Path) -> None:
+    kept = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+
+    assert kept == ["step-00000009", "step-00000012"]
+
+
+def test_the_learning_rate_rises_then_falls_to_zero(tars: list[Path], tmp_path: Path) -> None:
+    optim = {"lr": 1e-3, "warmup": 0.25}
+    train(tmp_path / "run", tars, None, **{**RUN, "log_every": 1, "optim": optim})
+
+    rates = [line["lr"] for line in log_lines(tmp_path / "run")]
+
+    assert rates[:3] == sorted(rates[:3])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert max(rates) == pytest.approx(1e-3)
+    assert 0 < rates[-1] < 1e-4
+
+
+# -- export --------------------------------------------------------------------------------------
+
+
+def test_the_export_has_the_published_files_names_and_settings(undisturbed: Path) -> None:
+    export = undisturbed / "export"
+    published = torch.load(STUDENT / "pytorch_model.bin", weights_only=True)
+
+    assert {path.name for path in export.iterdir()} == {
+        *(path.name for path in STUDENT.iterdir()), "distillation.json",
+    }  # fmt: skip
+    assert json.loads((export / "config.json").read_text()) == json.loads(
+        (STUDENT / "config.json").read_text()
+    )
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (export / name).read_bytes() == (STUDENT / name).read_bytes()
+    assert {k: (t.shape, t.dtype) for k, t in exported(undisturbed).items()} == {
+        k: (t.shape, t.dtype) for k, t in published.items()
+    }
+    assert any(".encoder.layers.2." in name for name in published)  # the tower's unused last layer
+
+
+def test_the_export_has_new_weights_where_it_was_trained_and_the_old_ones_elsewhere(
+    undisturbed: Path,
+) -> None:
+    before = torch.load(STUDENT / "pytorch_model.bin", weights_only=True)
+    after = exported(undisturbed)
+
+    same = {name for name in before if after[name].equal(before[name])}
+
+    assert same == {name for name in before if ".vision_tower." in name}
+
+
+def test_the_adapters_are_beside_the_export_and_not_in_it(undisturbed: Path) -> None:
+    adapters = load_file(undisturbed / "adapters.safetensors")
+
+    assert {name: list(t.shape) for name, t in adapters.items()} == {
+        "attention.0.weight": [2, 4, 1, 1], "attention.0.bias": [2],
+        "attention.1.weight": [2, 4, 1, 1], "attention.1.bias": [2],
+        "vision.weight": [32, 64], "vision.bias": [32],
+    }  # fmt: skip
+    assert not any("adapter" in name or "attention." in name for name in exported(undisturbed))
+
+
+def test_the_export_says_what_it_was_trained_with(undisturbed: Path) -> None:
+    lineage = json.loads((undisturbed / "export" / "distillation.json").read_text())
+
+    assert lineage == json.loads((undisturbed / "run.json").read_text())
+    assert lineage["recipe"] == recipe(**RUN).to_dict()
+    assert lineage["cache"]["spec"]["attention"]["layers"] == [0, 1]
+
+
+def logits(model: MobileVLM, samples: Any) -> torch.Tensor:
+    batch = samples[[0, 1, 2, 3]]
+    with torch.no_grad():
+        vision = model.encode_images(batch.pixels)
+        embeds = model.embed(batch.sequences.ids, batch.sequences.vision_mask, vision)
+        found: torch.Tensor = model.llm(inputs_embeds=embeds).logits
+    return found
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_the_exported_student_is_the_one_in_memory(
+    form: str, tars: list[Path], tmp_path: Path
+) -> None:
+    model = aligned(recipe(), None).model.eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    samples = training_set(tars, recipe(), None)
+
+    export_student(model, STUDENT, tmp_path / "export", form=form, lineage={})
+    again = load_model(ModelFolder(str(tmp_path / "export")), str(CLIP)).eval()
+
+    assert (tmp_path / "export" / "pytorch_model.bin").exists() == (form == "bin")
+    assert (tmp_path / "export" / "model.safetensors").exists() == (form == "safetensors")
+    here, there = logits(model, samples), logits(again, samples)
+    assert float((here - there).abs().max() / here.abs().max()) < 1e-5
+    assert again.passthrough.keys() == model.passthrough.keys()
+    assert len(model.passthrough) > 0
+
+
+def test_an_export_replaces_an_older_one_as_a_whole(tmp_path: Path) -> None:
+    model = aligned(recipe(), None).model
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "stale.bin").write_text("old")
+    (tmp_path / "export.partial").mkdir()
+    (tmp_path / "export.partial" / "stale.bin").write_text("half")
+
+    export_student(model, STUDENT, tmp_path / "export", form="bin", lineage={})
+
+    assert not (tmp_path / "export" / "stale.bin").exists()
+    assert not (tmp_path / "export.partial").exists()
+
+
+# -- killed and resumed --------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_three_random_points_ends_as_if_it_had_not_been(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    chance, out = random.Random(0), tmp_path / "run"
+    partials = out / "checkpoints"
+    lines = chance.sample(range(2, 6), 2)
+    points: list[Callable[[], bool]] = [
+        lambda: num_lines(out) >= min(lines),
+        lambda: any(partials.glob("*.partial")),  # while a checkpoint is being written
+        lambda: num_lines(out) >= max(lines) + 1,
+    ]
+    command = process(out, tars, orphan_cache)
+
+    for due in points:
+        # Resuming cuts the log, so that only what this process adds can be due.
+        assert kill_when(command, due), "it ended before it could be killed"
+        command = process(out, tars, orphan_cache, "--resume")
+    assert not (out / "export").exists()
+    run_process(command)
+
+    assert_same_run(out, undisturbed)
+
+
+def interrupted(undisturbed: Path, out: Path) -> Path:
+    """The run as a kill after step 11 leaves it: checkpoint 9 whole, lines up to step 10."""
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "export")
+    (out / "adapters.safetensors").unlink()
+    last = out / "checkpoints" / "step-00000012"
+    last.rename(last.with_suffix(".partial"))
+    (last.with_suffix(".partial") / "optimizer.bin").write_bytes(b"half")
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:-2]) + '{"step": 1')
+    return out
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_half_written_checkpoint_and_a_half_written_line_are_as_if_they_were_not(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = interrupted(undisturbed, tmp_path / "run")
+
+    resume(out, tars, orphan_cache)
+
+    assert_same_run(out, undisturbed)
+    assert [path.name for path in RunFolder(out).checkpoints()] == [
+        "step-00000009",
+        "step-00000012",
+    ]
+    assert not any((out / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_run_killed_while_exporting_exports_again(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    (out / "export").rename(out / "export.partial")
+    (out / "export.partial" / "config.json").unlink()
+
+    resume(out, tars, orphan_cache)
+
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = interrupted(undisturbed, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+
+    resume(out, tars, orphan_cache)
+
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_what_is_only_watched_may_change_when_a_run_is_resumed(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = interrupted(undisturbed, tmp_path / "run")
+
+    result = train(
+        out, tars, orphan_cache, "--resume", "--set", "workers=1", "--set", "log_every=1",
+        "--set", "eval_every=null", **RUN,
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    ours, theirs = exported(out), exported(undisturbed)
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_two_processes_make_one_run(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    """Both look at the folder before one writes; one log, one export, and near the same weights."""
+    out = tmp_path / "run"
+    single = process(out, tars, orphan_cache)
+    script = tmp_path / "train.py"
+    script.write_text(single[2])
+    torchrun = [single[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    stdout = run_process([*torchrun, str(script), *single[3:]])
+
+    assert json.loads(stdout)["steps"] == 12
+    for ours, theirs in zip(loss_lines(out), loss_lines(undisturbed), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+# -- from stage to stage -------------------------------------------------------------------------
+
+
+def test_stage_two_goes_on_with_student_and_adapters_of_stage_one(
+    tars: list[Path], full_cache: Cache, packed_tars: list[Path], tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    build(plain, packed_tars, {**SPEC, "template": "plain", "image_aspect": "square"})
+    one = tmp_path / "one"
+    result = train(
+        one, packed_tars, plain, template="plain", image_aspect="square", global_batch=2,
+        micro_batch=2,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+    def adapters(out: Path, *options: object) -> dict[str, torch.Tensor]:
+        result = train(
+            out, tars, full_cache.root, "--student", one / "export", *options, max_steps=1,
+            optim={"lr": 1e-12, "adapter_lr": 1e-12},
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return load_file(out / "adapters.safetensors")
+
+    first = load_file(one / "adapters.safetensors")
+    carried = adapters(tmp_path / "two", "--adapters", one / "adapters.safetensors")
+    fresh = adapters(tmp_path / "fresh")
+
+    for name in first:
+        torch.testing.assert_close(carried[name], first[name], atol=1e-9, rtol=1e-6)
+    assert not all(torch.allclose(fresh[name], first[name], atol=1e-6) for name in first)
+
+
+def test_adapters_come_back_as_they_were_saved(full_cache: Cache, tmp_path: Path) -> None:
+    one, other = (aligned(recipe(), full_cache, seed=seed).adapters for seed in (0, 1))
+    assert one is not None
+    assert other is not None
+
+    save_adapters(one, tmp_path / "adapters.safetensors")
+    load_adapters(other, tmp_path / "adapters.safetensors")
+
+    assert all(t.equal(other.state_dict()[name]) for name, t in one.state_dict().items())
+
+
+def test_a_damaged_cache_is_named_in_one_line_even_by_worker_processes(
+    tars: list[Path], full_path: Path, tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(full_path, tmp_path / "cache"))
+    for file in cache.glob("data/*/vision_tokens/c/0/0/0"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(bytes(content))
+    file = write_recipe(tmp_path / "recipe.yaml", workers=2)
+
+    done = subprocess.run(
+        command_line(*arguments(tmp_path / "run", tars, cache, file)),
+        env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "Error: " in done.stderr.splitlines()[-1]
+    assert "vision_tokens" in done.stderr.splitlines()[-1]
+    assert "build-cache" in done.stderr.splitlines()[-1]
+    assert done.stdout == ""

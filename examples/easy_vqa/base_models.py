@@ -16,7 +16,7 @@ import sentencepiece
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from examples.easy_vqa.prepare import Question, read_questions
+from examples.easy_vqa.prepare import Question
 from shared.checkpoint import ModelFolder, write_weights
 from shared.images import ImageProcessor
 from shared.prompt import ASSISTANT, SYSTEM, USER

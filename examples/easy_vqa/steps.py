@@ -1,4 +1,4 @@
-"""The steps that the demo and the five-seed comparison share, each the command a person would type."""
+"""The steps that demo, teacher and seeds share, each the command that a person would type."""
 
 import json
 import shlex
@@ -11,7 +11,8 @@ from typing import Literal
 from examples.easy_vqa.base_models import STUDENT, write_clip_of, write_llama
 from examples.easy_vqa.prepare import Split, write_split
 
-HERE = Path(__file__).parent
+HERE = Path("examples/easy_vqa")
+"Relative: all of this is run from the top of the repository, and commands are shown as typed."
 TEACHER = HERE / "teacher"
 SPEC = HERE / "cache.yaml"
 RECIPE = HERE / "student.yaml"

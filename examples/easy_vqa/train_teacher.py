@@ -1,7 +1,7 @@
 """How the demo's teacher was made: `make demo-teacher`, about half an hour on two cores.
 
-From random weights, with `train-student` alone. The log of the run that made the committed weights is
-in docs/.
+From random weights, with `train-student` alone. The log of the run that made the committed weights
+is docs/teacher.log.
 """
 
 import shutil

@@ -96,7 +96,7 @@ def _signals(
     responses = sum(int((s.prompt.labels[1:] != -100).sum()) for s in samples)
     tokens = sum(len(s.prompt.input_ids) for s in samples)
     llama = config.llama
-    signals = [SignalSize(signal="sequence", unit="token", unit_bytes=8, units=tokens * scale)]
+    signals = [SignalSize(signal="sequence", unit="token", unit_bytes=8.0, units=tokens * scale)]
     if spec.attention is not None:
         width = ENCODINGS[spec.attention.encoding].bytes_per_value
         row = len(spec.attention.layers) * llama.num_attention_heads * NUM_VISION * width

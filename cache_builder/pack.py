@@ -14,7 +14,8 @@ from typing import Any
 import webdataset
 from tqdm import tqdm
 
-from shared.errors import CacheError, InputError
+from shared.errors import CacheError, ConfigError, InputError
+from shared.record import shard_name
 from shared.samples import IMAGE_SUFFIXES
 
 
@@ -42,7 +43,11 @@ def pack(
         InputError: the JSON is not a list of annotations, an id stands twice, an image is missing
             or leaves the folder, or `out` holds tars already.
         CacheError: `out` cannot be written.
+        ConfigError: no shard can have such a prefix.
     """
+    if Path(prefix).name != prefix:
+        raise ConfigError(f"--prefix {prefix}: expected letters, digits, '.', '_', '-'")
+    shard_name(Path(f"{prefix}-000000.tar"))  # what build-cache would refuse
     entries = _read_annotations(annotations)
     sources = {id(entry): _image_path(entry, images) for entry in entries}
     if sorted(out.glob(f"{prefix}-*.tar")):
@@ -77,6 +82,8 @@ def _read_annotations(path: Path) -> list[dict[str, Any]]:
         key = _key(entry)
         if not key:
             raise InputError(f"{path}: entry {number} has no id")
+        if not key.isascii() and key != key.encode(errors="ignore").decode():
+            raise InputError(f"{path}: id {entry['id']!r} holds half of a character")
         if key in seen:
             raise InputError(f"{path}: id {entry['id']!r} stands twice (entry {number})")
         seen.add(key)
@@ -138,7 +145,7 @@ def _write(
         for entry in entries:
             sample: dict[str, Any] = {
                 "__key__": _key(entry),
-                "json": json.dumps(entry, ensure_ascii=False).encode(),
+                "json": json.dumps(entry).encode(),
             }
             source = sources[id(entry)]
             if source is not None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, ConfigError, DamagedError
 from shared.record import PLANS, read_records, sizes_by_array, spec_of
+from shared.strict import convert
 
 _SIGNALS = {
     "attention": "attention",
@@ -85,8 +86,10 @@ def _planned(root: Path) -> set[str]:
     names: set[str] = set()
     for path in sorted((root / PLANS).glob("*.json")):
         try:
-            names |= set(json.loads(path.read_bytes())["shards"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            names |= set(
+                convert(tuple[str, ...], json.loads(path.read_bytes())["shards"], "shards")
+            )
+        except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
             raise DamagedError(f"{path}: not a plan ({error}); it may be deleted") from error
     return names
 

@@ -43,7 +43,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def bytes_text(size: float) -> str:
+def bytes_text(size: int | float) -> str:
     """`1.2 MB`: decimal units, as disks are sold."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":

@@ -21,6 +21,8 @@ FORMAT = 1
 "Version of the layout on disk; written in every record, never guessed."
 RECORDS, DATA, PLANS = "records", "data", "plans"
 "Folders of a cache."
+IDENTITY = ("spec", "teacher", "tokenizer", "image_processor", "numerics")
+"Sections of an identity."
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 
@@ -91,6 +93,9 @@ class ShardRecord:
         for file in self.files:
             if file.startswith("/") or ".." in PurePosixPath(file).parts or "\\" in file:
                 raise ValueError(f"path {file!r} leaves the shard")
+        for section in IDENTITY:
+            if not isinstance(self.identity.get(section), dict):
+                raise ValueError(f"identity has no {section}")  # noqa: TRY004  (one error for all)
         if not len(self.keys) == len(self.lengths) == len(self.images):
             raise ValueError("keys, lengths and images differ in number")
         if len(set(self.keys)) != len(self.keys):

@@ -106,6 +106,7 @@ def builder(
     *,
     vision_tower: Path | None = CLIP,
     batch_size: int = 4,
+    dtype: str | None = None,
 ) -> Builder:
     """What build-cache loads, on the CPU."""
     return load_builder(
@@ -113,7 +114,7 @@ def builder(
         str(teacher),
         vision_tower=None if vision_tower is None else str(vision_tower),
         device="cpu",
-        dtype=None,
+        dtype=dtype,
         batch_size=batch_size,
     )
 

@@ -170,8 +170,9 @@ def test_only_records_data_and_plans_lie_in_a_cache(out: Path) -> None:
 def test_lengths_and_images_come_from_the_record_alone(out: Path) -> None:
     cache = open_cache(out)
 
-    assert [cache.has_image(key) for key in cache.keys()] == [True, False, True, True, True]
-    for key in cache.keys():  # noqa: SIM118  (a Cache is not a dict)
+    keys = cache.keys()
+    assert [cache.has_image(key) for key in keys] == [True, False, True, True, True]
+    for key in keys:
         vision = 143 if cache.has_image(key) else 0
         assert cache.num_tokens(key) == len(cache.read(key).input_ids) + vision
 

@@ -126,7 +126,7 @@ def test_a_changed_shape_is_found_though_the_size_is_the_same(copied: Path) -> N
     path.write_text(text.replace(f"{rows},", f"{rows + 1},", 1))
     assert path.read_text() != text
 
-    with pytest.raises(DamagedError, match="attention_0/zarr.json has sha256"):
+    with pytest.raises(DamagedError, match=r"attention_0/zarr\.json has sha256"):
         read_all(copied)
 
 
@@ -199,7 +199,7 @@ def test_a_spec_that_this_version_does_not_know_is_refused(copied: Path, spec: o
     for shard in ("ref-000000", "ref-000001"):
         edit_record(copied, shard, lambda values: values["identity"].update(spec=spec))
 
-    with pytest.raises(DamagedError, match="unreadable spec"):
+    with pytest.raises(DamagedError, match=r"unreadable spec|identity has no spec"):
         open_cache(copied)
 
 

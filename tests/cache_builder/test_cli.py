@@ -1,0 +1,239 @@
+"""The commands as people and machines meet them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from cache_builder.cli import build_cache, cache_tools
+from tests.support import (
+    ALIGN_ONLY,
+    FULL,
+    TEACHER,
+    command,
+    error_line,
+    invoke,
+    sample,
+    stored_digests,
+    teacher_copy,
+    text_sample,
+    write_tar,
+)
+
+COMMANDS = [build_cache, cache_tools, *cache_tools.commands.values()]
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    return write_tar(tmp_path / "t.tar", sample("a"), text_sample("b"), sample("bad", image=b""))
+
+
+@pytest.mark.parametrize("found", COMMANDS, ids=lambda found: found.name)
+def test_every_command_and_option_says_what_it_is(found: click.Command) -> None:
+    assert found.help
+    for parameter in found.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("build_cache", ["--help"]),
+        ("cache_tools", ["--help"]),
+        ("cache_tools", ["pack", "--help"]),
+        ("cache_tools", ["info", "--help"]),
+    ],
+)
+def test_help_needs_neither_torch_nor_zarr(name: str, arguments: list[str]) -> None:
+    program = (
+        f"import sys; from cache_builder.cli import {name}\n"
+        f"try: {name}({arguments!r})\n"
+        "except SystemExit as end: assert not end.code\n"
+        "sys.exit(bool({'torch', 'zarr', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert "Usage:" in result.stdout
+
+
+def test_info_needs_no_torch(cache_path: Path) -> None:
+    program = (
+        "import sys; from cache_builder.cli import cache_tools\n"
+        f"try: cache_tools(['info', {str(cache_path)!r}])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    assert invoke(build_cache, "--boat").exit_code == 2
+
+
+def test_a_missing_option_is_a_usage_error(tmp_path: Path) -> None:
+    assert invoke(build_cache, "--out", str(tmp_path)).exit_code == 2
+
+
+def test_results_go_to_stdout_as_json_and_progress_to_stderr(tmp_path: Path, tar: Path) -> None:
+    result = command(tmp_path / "cache", tar, ALIGN_ONLY, TEACHER, "--json")
+
+    assert json.loads(result.stdout) == {"built": 1, "present": 0, "samples": 2, "skipped": 1}
+    assert "sample/s" in result.stderr
+
+
+def test_skips_are_warned_about_with_their_reason(
+    tmp_path: Path, tar: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command(tmp_path / "cache", tar, ALIGN_ONLY)
+
+    assert "shard=t skipped=bad reason=image of zero bytes" in caplog.text
+
+
+# Dry run
+
+
+def dry(tmp_path: Path, tar: Path, teacher: Path = TEACHER) -> dict[str, object]:
+    result = command(tmp_path / "dry", tar, FULL, teacher, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "dry").exists()
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path: Path, tar: Path) -> None:
+    teacher = teacher_copy(tmp_path / "teacher")
+    (teacher / "pytorch_model.bin").unlink()
+
+    found = dry(tmp_path, tar, teacher)
+
+    assert (found["samples"], found["examined"]) == (3, 3)
+
+
+def test_a_dry_run_predicts_the_sizes_that_a_build_stores(tmp_path: Path) -> None:
+    samples = [sample(f"s{n}") for n in range(5)]
+    tar = write_tar(tmp_path / "t.tar", *samples, text_sample("b"))
+    signals = {s["signal"]: s for s in dry(tmp_path, tar)["signals"]}  # type: ignore[attr-defined]
+    command(tmp_path / "cache", tar, FULL)
+
+    import zarr
+
+    (folder,) = (tmp_path / "cache" / "data").iterdir()
+    group = zarr.open_group(str(folder), mode="r")
+
+    def size(*names: str) -> int:
+        return sum(group[name].nbytes for name in names)
+
+    def predicted(signal: str) -> float:
+        return float(signals[signal]["unit_bytes"] * signals[signal]["units"])
+
+    assert predicted("sequence") == size("input_ids", "labels")
+    assert predicted("attention") == size("attention_0")
+    assert predicted("vision tokens") == size("vision_tokens")
+    rest = 4 * group["top_ids"].shape[0]  # counted though k is the whole vocabulary
+    assert predicted("log-probabilities") == size("top_ids", "top_logprobs") + rest
+
+
+def test_a_dry_run_names_what_would_be_skipped(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar", sample("good"), sample("bad", b"{"))
+
+    result = command(tmp_path / "cache", tar, FULL, TEACHER, "--dry-run")
+
+    assert "2 samples in 1 tars" in result.stdout
+    assert "would skip bad: JSON cannot be parsed" in result.stdout
+
+
+def test_a_dry_run_refuses_what_the_build_would_refuse(tmp_path: Path, tar: Path) -> None:
+    deep = {**FULL, "attention": {"layers": [7], "encoding": "float32"}}
+
+    line = error_line(command(tmp_path / "cache", tar, deep, TEACHER, "--dry-run"))
+
+    assert "attention layer 7, but the teacher has layers 0 to 2" in line
+
+
+# Info
+
+
+def test_info_says_what_a_cache_is(cache_path: Path) -> None:
+    result = invoke(cache_tools, "info", str(cache_path))
+
+    assert result.exit_code == 0
+    for text in (
+        "2 of 2 planned (complete)", "4, 0 skipped, 3 images", "template  v1, image pad",
+        "attention", "vision tokens", "log-probabilities", "weights",
+    ):  # fmt: skip
+        assert text in result.stdout
+
+
+def test_info_for_machines_counts_bytes_that_are_really_there(cache_path: Path) -> None:
+    found = json.loads(invoke(cache_tools, "info", str(cache_path), "--json").stdout)
+
+    files = [path for path in (cache_path / "data").rglob("*") if path.is_file()]
+    assert sum(found["sizes"].values()) == sum(path.stat().st_size for path in files)
+    assert (found["shards"], found["samples"], found["images"]) == (2, 4, 3)
+    assert found["identity"]["spec"]["template"] == "v1"
+
+
+def test_info_counts_skips_by_reason(tmp_path: Path, tar: Path) -> None:
+    command(tmp_path / "cache", tar, ALIGN_ONLY)
+
+    result = invoke(cache_tools, "info", str(tmp_path / "cache"))
+
+    assert "skipped   1 x image of zero bytes" in result.stdout
+
+
+def test_info_on_a_begun_build_lists_what_is_pending(tmp_path: Path, tar: Path) -> None:
+    command(tmp_path / "cache", tar, ALIGN_ONLY)
+    (tmp_path / "cache" / "records" / "t.json").unlink()
+
+    result = invoke(cache_tools, "info", str(tmp_path / "cache"))
+
+    assert "0 of 1 planned (1 to build)" in result.stdout
+    assert "pending   t" in result.stdout
+
+
+def test_info_on_no_cache_is_one_line(tmp_path: Path) -> None:
+    assert "no cache here" in error_line(invoke(cache_tools, "info", str(tmp_path)))
+
+
+@pytest.mark.parametrize("plan", ["", "[]", "{}", '{"shards": 5}', '{"shards": [5]}'])
+def test_info_on_a_damaged_plan_is_one_line(tmp_path: Path, tar: Path, plan: str) -> None:
+    command(tmp_path / "cache", tar, ALIGN_ONLY)
+    (tmp_path / "cache" / "plans" / "x.json").write_text(plan)
+
+    assert "not a plan" in error_line(invoke(cache_tools, "info", str(tmp_path / "cache")))
+
+
+@pytest.mark.parametrize("section", ["spec", "teacher", "tokenizer", "image_processor", "numerics"])
+def test_info_on_a_record_without_part_of_its_identity_is_one_line(
+    tmp_path: Path, tar: Path, section: str
+) -> None:
+    command(tmp_path / "cache", tar, ALIGN_ONLY)
+    path = tmp_path / "cache" / "records" / "t.json"
+    values = json.loads(path.read_text())
+    del values["identity"][section]
+    path.write_text(json.dumps(values))
+
+    assert section in error_line(invoke(cache_tools, "info", str(tmp_path / "cache")))
+
+
+# What does not change bytes
+
+
+def test_a_brace_range_a_glob_and_single_paths_build_the_same(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / f"t-{n}.tar", sample(f"s{n}")) for n in range(3)]
+    ways = {"brace": [f"{tmp_path}/t-{{0..2}}.tar"], "glob": [f"{tmp_path}/t-?.tar"], "each": tars}
+    for name, data in ways.items():
+        result = command(tmp_path / name, data, ALIGN_ONLY)
+        assert "3 shards built" in result.stdout
+
+    assert stored_digests(tmp_path / "brace") == stored_digests(tmp_path / "each")
+    assert stored_digests(tmp_path / "glob") == stored_digests(tmp_path / "each")

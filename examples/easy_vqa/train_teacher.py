@@ -13,7 +13,7 @@ from examples.easy_vqa.base_models import TEACHER, train_tokenizer, write_clip, 
 from examples.easy_vqa.prepare import read_questions
 from examples.easy_vqa.steps import HERE, prepare_split, run
 from examples.easy_vqa.steps import TEACHER as FOLDER
-from shared.checkpoint import ModelFolder, copy_settings, write_weights
+from shared.checkpoint import ModelFolder, write_weights
 
 OUT = Path("teacher-run")
 
@@ -25,22 +25,19 @@ def main() -> None:
     llama, clip = OUT / "llama", OUT / "clip"
     write_clip(clip, seed=1)
     write_llama(llama, TEACHER, train_tokenizer(read_questions("train")), seed=2)
-    print(
-        run("train-student", "--data", train, "--student", llama, "--vision-tower", clip,
-            "--recipe", HERE / "teacher.yaml", "--eval-data", held_out, "--out", OUT / "run")
-    )  # fmt: skip
-    publish(OUT / "run" / "export", clip, FOLDER)
+    first = ("--student", llama, "--vision-tower", clip, "--recipe", HERE / "teacher.yaml")
+    # Shapes are learned late, and many small steps learn them sooner than few large ones.
+    second = ("--student", OUT / "first/export", "--recipe", HERE / "teacher_second.yaml")
+    for name, options in (("first", first), ("second", second)):
+        print(run("train-student", "--data", train, "--eval-data", held_out, *options,
+                  "--out", OUT / name))  # fmt: skip
+    publish(OUT / "second" / "export", FOLDER)
 
 
-def publish(export: Path, clip: Path, folder: Path) -> None:
-    """The export with float16 weights and the tower's settings inside it."""
+def publish(export: Path, folder: Path) -> None:
+    """The export with float16 weights; its tower's settings are inside it."""
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "clip").mkdir(parents=True)
-    copy_settings(export, folder)
-    config = (folder / "config.json").read_text().replace(f'"{clip}"', '"clip"')
-    (folder / "config.json").write_text(config)
-    for name in ("config.json", "preprocessor_config.json"):
-        shutil.copyfile(clip / name, folder / "clip" / name)
+    shutil.copytree(export, folder, ignore=shutil.ignore_patterns("*.safetensors", "dist*.json"))
     source = ModelFolder(str(export))
     tensors = source.read(source.tensor_files())
     write_weights(folder, {name: t.to(torch.float16) for name, t in tensors.items()}, "safetensors")

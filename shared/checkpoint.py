@@ -50,6 +50,11 @@ class ModelFolder:
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{name}: no config.json; expected a model folder")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine, not a snapshot of the hub."""
+        return self._fetch is None
+
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
         return _read_json(self.path / "config.json")
@@ -147,7 +152,9 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], form: str) -> Non
     if form == "safetensors":
         from safetensors.torch import save_file
 
-        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        path = folder / "model.safetensors"
+        save_file(plain, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
     else:
         torch.save(plain, folder / "pytorch_model.bin")
 

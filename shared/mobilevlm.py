@@ -221,7 +221,8 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
     tower = ModelFolder(_tower_name(folder, published, vision_tower))
     tower_config = tower.config()
     clip = CLIPVisionConfig(**tower_config.get("vision_config", tower_config))
-    published.setdefault("mm_vision_tower", tower.name)
+    # A local tower goes along with what is exported, so its name is enough; a hub id stays one.
+    published.setdefault("mm_vision_tower", tower.path.name if tower.is_local else tower.name)
     if published.setdefault("mm_hidden_size", clip.hidden_size) != clip.hidden_size:
         raise CheckpointError(
             f"{folder.name}: mm_hidden_size is {published['mm_hidden_size']}, "

@@ -116,11 +116,10 @@ def export_student(
     partial.mkdir(parents=True)
     copy_settings(source, partial, leave_out=("config.json",))
     config = dict(model.config.published)
-    tower = Path(str(config.get("mm_vision_tower")))
-    if not tower.is_absolute() and (source / tower).is_dir():
-        # A tower that travels inside the folder: its settings go along.
-        weights = shutil.ignore_patterns("*.bin", "*.safetensors")
-        shutil.copytree(source / tower, partial / tower, ignore=weights)
+    tower = str(config["mm_vision_tower"])
+    if "/" not in tower:  # no hub id: the tower's settings travel inside the folder
+        (partial / tower).mkdir()
+        copy_settings(model.config.tower_folder, partial / tower)
     write_weights(partial, model.published_state(), form)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (partial / "distillation.json").write_text(json.dumps(lineage, indent=1) + "\n")

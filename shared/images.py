@@ -33,6 +33,8 @@ def decode_image(encoded: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Only alpha would be lost, and alpha is not wanted.
+            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             _refuse(image)
             return image.convert("RGB")

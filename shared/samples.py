@@ -110,7 +110,7 @@ def expand_tars(patterns: Sequence[str]) -> list[Path]:
 def _expand_braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(pattern))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:  # UnbalancedBracesError, which its stubs do not know
         raise InputError(f"{pattern}: not a brace range ({error})") from error
 
 

@@ -1,0 +1,180 @@
+"""The rows that `shared.capture` computes are those of transformers' eager attention."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shared.capture import QueryKey, catch_query_key, text_to_vision
+
+VISION = 144
+
+
+def llama(key_heads: int = 4, **fields: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=key_heads, max_position_embeddings=512, **fields,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def batch(*shapes: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings, vision starts and lengths of samples with (tokens before, after) the image."""
+    lengths = torch.tensor([before + VISION + after for before, after in shapes])
+    starts = torch.tensor([before for before, _ in shapes])
+    torch.manual_seed(1)
+    return torch.randn(len(shapes), int(lengths.max()), 32), starts, lengths
+
+
+def caught_rows(
+    model: LlamaForCausalLM, wanted: Sequence[int], inputs: tuple[Tensor, Tensor, Tensor]
+) -> dict[int, Tensor]:
+    embeds, starts, lengths = inputs
+    rows = int((lengths - starts - VISION).max())
+    with catch_query_key(model.model.layers, wanted) as caught:
+        model(inputs_embeds=embeds)
+    return {layer: text_to_vision(found, starts, lengths, rows) for layer, found in caught.items()}
+
+
+def eager_rows(
+    model: LlamaForCausalLM, layer: int, inputs: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """Cut out of whole eager maps, row by row, padded with zeros."""
+    embeds, starts, lengths = inputs
+    model.set_attn_implementation("eager")
+    maps = model(inputs_embeds=embeds, output_attentions=True).attentions[layer]
+    rows = int((lengths - starts - VISION).max())
+    cut = []
+    for found, start, length in zip(maps, starts.tolist(), lengths.tolist(), strict=True):
+        real = found[:, start + VISION : length, start : start + VISION]
+        cut.append(nn.functional.pad(real, (0, 0, 0, rows - real.shape[1])))
+    return torch.stack(cut)
+
+
+SHAPES = [(1, 5), (7, 1), (3, 20)]
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_rows_are_those_of_eager_attention(key_heads: int, layer: int) -> None:
+    inputs = batch(*SHAPES)
+    found = caught_rows(llama(key_heads), [layer], inputs)[layer]
+
+    expected = eager_rows(llama(key_heads), layer, inputs)
+
+    assert found.shape == (3, 4, 20, VISION)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("fields", [{"head_dim": 16}, {"attention_bias": True}])
+def test_rows_are_right_for_other_head_sizes_and_for_biases(fields: dict[str, Any]) -> None:
+    inputs = batch(*SHAPES)
+
+    found = caught_rows(llama(2, **fields), [1], inputs)[1]
+
+    expected = eager_rows(llama(2, **fields), 1, inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_gradients_are_those_of_eager_attention(key_heads: int, layer: int) -> None:
+    inputs = batch(*SHAPES)
+    ours, eager = llama(key_heads), llama(key_heads)
+    torch.manual_seed(2)
+    weight = torch.randn(3, 4, 20, VISION)
+
+    (caught_rows(ours, [layer], inputs)[layer] * weight).sum().backward()
+    (eager_rows(eager, layer, inputs) * weight).sum().backward()
+
+    compared = 0
+    for (name, found), expected in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        if expected.grad is None or not expected.grad.any():
+            assert found.grad is None or not found.grad.any(), name
+            continue
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+        compared += 1
+    assert compared >= 3  # norm, q and k at least
+
+
+def gradients(model: LlamaForCausalLM, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    embeds, starts, lengths = inputs
+    model.train()
+    with catch_query_key(model.model.layers, [0, 1]) as caught:
+        logits = model(inputs_embeds=embeds.requires_grad_()).logits
+    loss = logits.square().mean()
+    for number, found in caught.items():
+        loss = loss + (1 + number) * text_to_vision(found, starts, lengths, 20).square().sum()
+    loss.backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def test_gradients_are_the_same_under_gradient_checkpointing() -> None:
+    plain, saving = llama(2), llama(2)
+    saving.activation_checkpointing_enable({"use_reentrant": False})
+    assert saving.is_gradient_checkpointing
+
+    expected, found = gradients(plain, batch(*SHAPES)), gradients(saving, batch(*SHAPES))
+
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_capturing_leaves_no_hook_and_changes_no_output() -> None:
+    model, inputs = llama(), batch(*SHAPES)
+    before = model(inputs_embeds=inputs[0]).logits
+
+    with catch_query_key(model.model.layers, [0, 2]) as caught:
+        during = model(inputs_embeds=inputs[0]).logits
+
+    assert torch.equal(before, during)
+    assert set(caught) == {0, 2}
+    hooks = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
+    assert not any(hooks)
+
+
+def test_hooks_are_gone_after_an_error_too() -> None:
+    model = llama()
+
+    with pytest.raises(RuntimeError, match="boat"), catch_query_key(model.model.layers, [0]):
+        raise RuntimeError("boat")
+
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_padding_and_other_samples_do_not_reach_a_samples_rows() -> None:
+    embeds, starts, lengths = batch(*SHAPES)
+    clean = caught_rows(llama(), [0], (embeds, starts, lengths))[0]
+    for row, length in enumerate(lengths.tolist()):
+        embeds[row, length:] = 1e4
+
+    found = caught_rows(llama(), [0], (embeds, starts, lengths))[0]
+
+    torch.testing.assert_close(found, clean, rtol=0, atol=0)
+    for row, (_, after) in enumerate(SHAPES):
+        assert not found[row, :, after:].any()
+
+
+def test_half_precision_inputs_give_float32_weights() -> None:
+    torch.manual_seed(0)
+    width, tokens = 8, VISION + 4
+    caught = QueryKey(
+        query=torch.randn(1, tokens, 2 * width, dtype=torch.bfloat16),
+        key=torch.randn(1, tokens, width, dtype=torch.bfloat16),
+        cos=torch.ones(1, tokens, width, dtype=torch.bfloat16),
+        sin=torch.zeros(1, tokens, width, dtype=torch.bfloat16),
+    )
+
+    found = text_to_vision(caught, torch.tensor([1]), torch.tensor([tokens]), 3)
+
+    assert found.dtype == torch.float32
+    assert (found.sum(-1) < 1).all()

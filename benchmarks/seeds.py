@@ -12,7 +12,7 @@ from examples.easy_vqa.steps import TRAIN_QUESTIONS, build, prepare_split, train
 
 OUT = Path("seeds-run")
 SEEDS = range(5)
-TEST_QUESTIONS = 3000
+TEST_QUESTIONS = 2000
 "Of 9,673, the same for all."
 
 

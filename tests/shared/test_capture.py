@@ -120,7 +120,7 @@ def gradients(model: LlamaForCausalLM, inputs: tuple[Tensor, Tensor, Tensor]) ->
 def test_gradients_are_the_same_under_gradient_checkpointing() -> None:
     plain, saving = llama(2), llama(2)
     saving.activation_checkpointing_enable({"use_reentrant": False})
-    assert saving.is_gradient_checkpointing
+    assert saving.is_activation_checkpointing
 
     expected, found = gradients(plain, batch(*SHAPES)), gradients(saving, batch(*SHAPES))
 

@@ -105,11 +105,12 @@ def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildRepor
             record = _build_shard(builder, index, out, bar.update)
             built, samples = built + 1, samples + len(record.keys)
             skipped += len(record.skipped)
-            written += sum(file.size for file in record.files.values())
+            size = sum(file.size for file in record.files.values())
+            written += size
             bar.set_postfix_str(_rate(written, bar.format_dict["elapsed"], skipped))
             log.info(
                 "shard=%s samples=%d skipped=%d bytes=%d", record.name, len(record.keys),
-                len(record.skipped), sum(file.size for file in record.files.values()),
+                len(record.skipped), size,
             )  # fmt: skip
     if broken:
         raise InputError(

@@ -142,7 +142,17 @@ def read_records(root: Path) -> dict[str, ShardRecord]:
     Raises:
         DamagedError: a record cannot be read.
     """
-    return {path.stem: ShardRecord.load(path) for path in sorted((root / RECORDS).glob("*.json"))}
+    return {record.name: record for record in iter_records(root)}
+
+
+def iter_records(root: Path) -> Iterator[ShardRecord]:
+    """All records of a cache, one by one, in order of their names.
+
+    Raises:
+        DamagedError: a record cannot be read.
+    """
+    for path in sorted((root / RECORDS).glob("*.json")):
+        yield ShardRecord.load(path)
 
 
 def compare(name: str, found: Mapping[str, Any], expected: Mapping[str, Any], advice: str) -> None:

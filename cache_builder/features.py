@@ -314,7 +314,9 @@ def _put_parts(
 ) -> None:
     for suffix in pieces[0] if pieces else ():
         joined = np.concatenate([piece[suffix] for piece in pieces])
-        shard.put(name + suffix, joined, ENCODINGS[encoding].axes(suffix, axes))
+        stored_axes = ENCODINGS[encoding].axes(suffix, axes)
+        level = ENCODINGS[encoding].zstd_level if suffix == "" else 3
+        shard.put(name + suffix, joined, stored_axes, zstd_level=level)
 
 
 def _rows(attention: dict[str, Parts]) -> int:

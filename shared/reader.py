@@ -82,12 +82,13 @@ class ArrayLayout:
         found = json.loads(text)
         try:
             shape, dtype = found["shape"], found["data_type"]
-            chunk = found["codecs"][0]["configuration"]["chunk_shape"]
+            sharding = found["codecs"][0]["configuration"]
+            chunk, level = sharding["chunk_shape"], sharding["codecs"][1]["configuration"]["level"]
             names = found["dimension_names"]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError("zarr.json is not that of a sharded array") from error
         _check_sizes(shape, chunk, dtype)
-        if found != _metadata(shape, dtype, chunk, names):
+        if type(level) is not int or found != _metadata(shape, dtype, chunk, level, names):
             raise ValueError("zarr.json differs from the arrays of cache_specs/format.md")
         return cls(shape=tuple(shape), dtype=np.dtype(dtype).newbyteorder("<"), chunk_rows=chunk[0])
 
@@ -298,7 +299,7 @@ def _check_sizes(shape: Any, chunk: Any, dtype: Any) -> None:
 
 
 def _metadata(
-    shape: Sequence[int], dtype: str, chunk: Sequence[int], names: object
+    shape: Sequence[int], dtype: str, chunk: Sequence[int], level: int, names: object
 ) -> dict[str, Any]:
     """The whole `zarr.json` of an array of our profile, as zarr-python writes it."""
     rows = max(1, -(-shape[0] // chunk[0])) * chunk[0]
@@ -306,7 +307,7 @@ def _metadata(
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = [
         plain if dtype == "uint8" else little,
-        {"name": "zstd", "configuration": {"level": 3, "checksum": False}},
+        {"name": "zstd", "configuration": {"level": level, "checksum": False}},
         {"name": "crc32c"},
     ]
     sharding = {

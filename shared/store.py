@@ -40,9 +40,16 @@ class ShardWriter:
     record: ShardRecord | None = None
     "The record, once the shard is committed."
 
-    def put(self, name: str, values: npt.NDArray[np.generic], axes: tuple[str, ...]) -> None:
+    def put(
+        self,
+        name: str,
+        values: npt.NDArray[np.generic],
+        axes: tuple[str, ...],
+        *,
+        zstd_level: int = 3,
+    ) -> None:
         """Store one array; `axes` are words of the glossary."""
-        put_array(self.group, name, values, axes)
+        put_array(self.group, name, values, axes, zstd_level=zstd_level)
 
 
 @contextmanager
@@ -83,7 +90,12 @@ def put_file(path: Path, content: bytes) -> None:
 
 
 def put_array(
-    group: zarr.Group, name: str, values: npt.NDArray[np.generic], axes: tuple[str, ...]
+    group: zarr.Group,
+    name: str,
+    values: npt.NDArray[np.generic],
+    axes: tuple[str, ...],
+    *,
+    zstd_level: int = 3,
 ) -> None:
     """One array of a shard, in the profile that `shared.reader` reads."""
     row_bytes = max(1, values[:1].nbytes)
@@ -97,7 +109,7 @@ def put_array(
         chunks=chunks,
         # The index in front: servers without suffix ranges can be read.
         shards={"shape": whole, "index_location": ShardingCodecIndexLocation.start},
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        compressors=[ZstdCodec(level=zstd_level), Crc32cCodec()],
         dimension_names=axes,
         fill_value=0,
         config={"write_empty_chunks": True},  # an absent chunk and a lost one look the same

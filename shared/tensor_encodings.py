@@ -2,7 +2,7 @@
 student trains. Decoding gives the bits that numpy gives: each step is one IEEE operation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Shaped
@@ -38,7 +38,7 @@ def decode(name: str, parts: Mapping[str, Shaped[Tensor, "..."]]) -> Float[Tenso
     encoding, codes = ENCODINGS[name], parts[""]
     if encoding.family == "float":
         return codes.float()
-    values = torch.cat([codes & 15, codes >> 4], dim=-1) if encoding.packed else codes
+    values = _UNPACK[encoding.bits](codes)
     scale = parts["__scale"].view(torch.bfloat16).float()
     if encoding.family == "channel":
         return (values * scale[..., None, :]).add_(parts["__low"][..., None, :])
@@ -68,26 +68,19 @@ def _encode_roots(encoding: Encoding, values: Tensor) -> dict[str, Tensor]:
     roots = values.sqrt()
     scale = _bfloat16_above(roots.amax(dim=-1) / encoding.levels)
     codes = _codes(roots, scale[..., None])
-    return {"": _stored(encoding, codes), "__scale": _bits(scale)}
+    return {"": _PACK[encoding.bits](codes), "__scale": _bits(scale)}
 
 
 def _encode_channels(encoding: Encoding, values: Tensor) -> dict[str, Tensor]:
     low, high = values.aminmax(dim=-2)
     scale = _bfloat16_above((high - low) / encoding.levels)
     codes = _codes(values - low[..., None, :], scale[..., None, :])
-    return {"": _stored(encoding, codes), "__scale": _bits(scale), "__low": low}
+    return {"": _PACK[encoding.bits](codes), "__scale": _bits(scale), "__low": low}
 
 
 def _codes(values: Tensor, scale: Tensor) -> Tensor:
     """Nearest multiple of the scale; 0 where the scale is 0 (a row or channel of one value)."""
     return torch.where(scale > 0, values / scale, 0).round().to(torch.uint8)
-
-
-def _stored(encoding: Encoding, codes: Tensor) -> Tensor:
-    if not encoding.packed:
-        return codes
-    low, high = codes.chunk(2, dim=-1)  # an odd axis fails here: V and C are even
-    return low | (high << 4)
 
 
 def _bfloat16_above(values: Tensor) -> Tensor:
@@ -98,3 +91,33 @@ def _bfloat16_above(values: Tensor) -> Tensor:
 
 def _bits(scale: Tensor) -> Tensor:
     return (scale.contiguous().view(torch.int32) >> 16).to(torch.uint16)
+
+
+def _pack4(codes: Tensor) -> Tensor:
+    one, two = _parts(codes, 2)
+    return one | (two << 4)
+
+
+def _pack6(codes: Tensor) -> Tensor:
+    *low, four = _parts(codes, 4)
+    return torch.cat([part | ((four >> 2 * n & 3) << 6) for n, part in enumerate(low)], dim=-1)
+
+
+def _parts(codes: Tensor, number: int) -> tuple[Tensor, ...]:
+    if codes.shape[-1] % number:
+        raise ValueError(f"has {codes.shape[-1]} values a row, which {number} does not divide")
+    return codes.chunk(number, dim=-1)
+
+
+def _unpack4(packed: Tensor) -> Tensor:
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def _unpack6(packed: Tensor) -> Tensor:
+    one, two, three = packed.chunk(3, dim=-1)
+    four = (one >> 6) | (two >> 6) << 2 | (three >> 6) << 4
+    return torch.cat([one & 63, two & 63, three & 63, four], dim=-1)
+
+
+_PACK: dict[int, Callable[[Tensor], Tensor]] = {8: lambda codes: codes, 6: _pack6, 4: _pack4}
+_UNPACK: dict[int, Callable[[Tensor], Tensor]] = {8: lambda codes: codes, 6: _unpack6, 4: _unpack4}

@@ -193,9 +193,12 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
 
 
 def tar_facts(index: TarIndex) -> TarFacts:
-    """Name, size and digest of a tar."""
+    """Name, size and digests of a tar."""
     return TarFacts(
-        name=index.path.name, size=index.path.stat().st_size, sha256=tar_sha256(index.path)
+        name=index.path.name,
+        size=index.path.stat().st_size,
+        sha256=tar_sha256(index.path),
+        index_sha256=index.sha256,
     )
 
 

@@ -14,12 +14,15 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from cache_builder.committed import ADVICE, Committed
 from cache_builder.features import (
     PreparedSample,
     compute_features,
     prepare,
     write_features,
 )
+from cache_builder.skips import SkipBudget, SkipLimit
+from cache_builder.stopping import Stopped, StopRequest
 from cache_builder.teacher import Teacher
 from shared.errors import InputError
 from shared.images import ImageProcessor
@@ -30,7 +33,6 @@ from shared.record import (
     Skipped,
     TarFacts,
     compare,
-    read_records,
     shard_name,
 )
 from shared.samples import TarIndex, index_tars, refuse_repeated_keys, tar_sha256
@@ -53,6 +55,8 @@ class BuildReport:
     "Samples stored by this run."
     skipped: int
     "Samples of this run that could not be used."
+    left: int = 0
+    "Shards still to build, because the run was asked to stop."
 
 
 @dataclass(kw_only=True)
@@ -82,27 +86,58 @@ class Builder:
         }
 
 
-def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildReport:
+def build_cache(
+    builder: Builder,
+    tars: Sequence[Path],
+    out: Path,
+    *,
+    max_skipped: SkipLimit | None = None,
+    stop: StopRequest | None = None,
+) -> BuildReport:
     """Build every shard that is not there yet.
+
+    Args:
+        max_skipped: how many samples may be lost; None for any number.
+        stop: looked at between batches; the shard in work is dropped, those before it stay.
 
     Raises:
         MismatchError: `out` holds shards of another spec, teacher, tokenizer or tar.
-        InputError: tars that cannot be read, after all others have been built.
+        InputError: tars that cannot be read, after all others have been built; or more samples
+            that cannot be used than `max_skipped`: the shard that crosses it is not committed.
         CacheError: `out` cannot be written.
     """
+    stop = stop or StopRequest()
     names = [shard_name(tar) for tar in tars]
     indexes, broken = index_tars(tars)
-    pending = find_pending(builder.identity, indexes, out)
+    committed = Committed(out, builder.identity)
+    pending = find_pending(committed.records, indexes, out)
+    limit = max_skipped or SkipLimit.parse("100%")
+    budget = SkipBudget.of(limit, indexes, committed.records)
     write_plan(out, names)
-    built = samples = skipped = 0
+    stop.is_watched = True
+    built = samples = skipped = taken = 0
     total = sum(len(index.samples) + len(index.skipped) for index in pending)
     with (
         tqdm(total=total, unit="sample", desc="build", smoothing=0.05) as bar,
         logging_redirect_tqdm(),
     ):
+
+        def advance(done: int) -> None:
+            bar.update(done)
+            stop.check()
+
         written = 0
         for index in pending:
-            record = _build_shard(builder, index, out, bar.update)
+            committed.refresh()
+            if index.name in committed.records:  # another build was faster
+                taken += 1
+                bar.update(len(index.samples) + len(index.skipped))
+                continue
+            try:
+                stop.check()
+                record = _build_shard(builder, index, out, advance, budget)
+            except Stopped:
+                break
             built, samples = built + 1, samples + len(record.keys)
             skipped += len(record.skipped)
             size = sum(file.size for file in record.files.values())
@@ -112,33 +147,33 @@ def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildRepor
                 "shard=%s samples=%d skipped=%d bytes=%d", record.name, len(record.keys),
                 len(record.skipped), size,
             )  # fmt: skip
-    if broken:
+    if broken and not stop.requested:
         raise InputError(
             f"{len(broken)} of {len(tars)} tars could not be read, the others are built: "
             + "; ".join(map(str, broken[:3]))
         )
     return BuildReport(
-        built=built, present=len(indexes) - len(pending), samples=samples, skipped=skipped
+        built=built,
+        present=len(indexes) - len(pending) + taken,
+        samples=samples,
+        skipped=skipped,
+        left=len(pending) - built - taken,
     )
 
 
 def find_pending(
-    identity: Mapping[str, Any], indexes: Sequence[TarIndex], out: Path
+    records: Mapping[str, ShardRecord], indexes: Sequence[TarIndex], out: Path
 ) -> list[TarIndex]:
-    """Tars without a record; those with one must have been built from the same things.
+    """Tars without a record; those with one must be what their shard was built from.
 
     Raises:
         MismatchError: names both values.
         InputError: a pending tar holds a sample that a shard of another tar holds already.
     """
-    records = read_records(out)
-    advice = "Build into another folder, or use what this cache was built with."
-    for record in records.values():
-        compare(f"{out}: shard {record.name}", record.identity, identity, advice)
     for index in tqdm(indexes, unit="tar", desc="check", delay=2):
         if index.name in records:
             there = vars(records[index.name].tar)
-            compare(f"{out}: shard {index.name}: tar", there, vars(tar_facts(index)), advice)
+            compare(f"{out}: shard {index.name}: tar", there, vars(tar_facts(index)), ADVICE)
     pending = [index for index in indexes if index.name not in records]
     stored = {key: record.tar.name for record in records.values() for key in record.keys}
     refuse_repeated_keys(pending, stored)
@@ -158,14 +193,21 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
 
 
 def tar_facts(index: TarIndex) -> TarFacts:
-    """Name, size and digest of a tar."""
+    """Name, size and digests of a tar."""
     return TarFacts(
-        name=index.path.name, size=index.path.stat().st_size, sha256=tar_sha256(index.path)
+        name=index.path.name,
+        size=index.path.stat().st_size,
+        sha256=tar_sha256(index.path),
+        index_sha256=index.sha256,
     )
 
 
 def _build_shard(
-    builder: Builder, index: TarIndex, out: Path, advance: Callable[[int], object]
+    builder: Builder,
+    index: TarIndex,
+    out: Path,
+    advance: Callable[[int], object],
+    budget: SkipBudget,
 ) -> ShardRecord:
     usable: list[PreparedSample] = []
     skipped: list[Skipped] = []
@@ -182,6 +224,7 @@ def _build_shard(
     skipped += features.skipped
     for sample in skipped:
         log.warning("shard=%s skipped=%s reason=%s", index.name, sample.key, sample.reason)
+    budget.spend(skipped)
     with new_shard(
         out,
         index.name,

@@ -59,6 +59,8 @@ class TarIndex:
     "Usable as far as the headers tell, in the tar's order."
     skipped: Mapping[str, str]
     "Key -> reason."
+    sha256: str
+    "Hexadecimal, over name, type, place and size of every member: tells tars apart unread."
 
     @property
     def name(self) -> str:
@@ -122,7 +124,8 @@ def index_tar(path: Path) -> TarIndex:
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            groups = _group(tar)
+            digest = hashlib.sha256()
+            groups = _group(tar, digest)
             if not _ends_with_zero_block(path):
                 raise tarfile.ReadError("no end-of-archive mark")
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -135,7 +138,7 @@ def index_tar(path: Path) -> TarIndex:
             samples.append(_entry(key, members))
         except UnusableSample as reason:
             skipped[key] = str(reason)
-    return TarIndex(path=path, samples=tuple(samples), skipped=skipped)
+    return TarIndex(path=path, samples=tuple(samples), skipped=skipped, sha256=digest.hexdigest())
 
 
 def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
@@ -218,11 +221,15 @@ def read_samples(
             yield entry.key, reason
 
 
-def _group(tar: tarfile.TarFile) -> dict[str, list[tuple[str, Member | None]]]:
+def _group(
+    tar: tarfile.TarFile, digest: "hashlib._Hash"
+) -> dict[str, list[tuple[str, Member | None]]]:
     groups: dict[str, list[tuple[str, Member | None]]] = {}
     previous = None
     for info in tar:
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+        line = f"{info.name}\0{info.type.decode('latin-1')}\0{info.offset_data}\0{info.size}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
         if info.isdir():
             continue
         folder, _, file = info.name.rpartition("/")

@@ -2,12 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from cache_builder.build import Builder
-from cache_builder.features import SampleFeatures, compute_features, prepare
+from cache_builder.features import ShardFeatures, compute_features
+from cache_builder.prepare import TarReader, prepare
 from shared.cache import Cache, CachedSample
 from shared.encodings import decode
 from shared.samples import TarIndex, index_tar
@@ -53,32 +54,32 @@ class LiveTeacher:
     def read(self, key: str) -> CachedSample:
         self.runs += 1
         index: TarIndex = self._where[key]
-        shard = compute_features(
-            list(prepare(index, self.spec, self._builder.tokenizer)),  # type: ignore[arg-type]
-            self._builder.teacher, self._builder.processor, self.spec, batch_size=1,
-            advance=lambda _: None,
-        )  # fmt: skip
-        (sample,), (features,) = shard.samples, shard.features
+        loaded = self._builder
+        with TarReader(
+            self.spec, loaded.tokenizer, loaded.processor, batch_size=1, pin=False
+        ) as reader:
+            shard = compute_features(
+                reader(index), loaded.teacher, self.spec, advance=lambda _: None
+            )
+        (sample,) = shard.samples
+        vision = decoded(shard, "vision_tokens")
+        layers = self.spec.attention_layers if sample.image_digest else ()
         return CachedSample(
             key=key,
             input_ids=sample.prompt.input_ids,
             labels=sample.prompt.labels,
             vision_start=sample.prompt.vision_start,
-            attention=attention_of(features),
-            vision_tokens=decode("float32", shard.vision_tokens[0])[0]
-            if shard.vision_tokens
-            else None,
-            top_ids=features.top_ids,
-            top_logprobs=decode("float32", features.top_logprobs),
-            rest_logprobs=features.rest_logprobs,
+            attention={n: decoded(shard, f"attention_{n}").swapaxes(0, 1) for n in layers},
+            vision_tokens=None if vision is None else vision[0],
+            top_ids=shard.arrays["top_ids"][1],
+            top_logprobs=decoded(shard, "top_logprobs"),
+            rest_logprobs=decoded(shard, "rest_logprobs"),
         )
 
 
-def attention_of(features: SampleFeatures) -> dict[int, "torch.Tensor"]:
-    return {
-        int(name.removeprefix("attention_")): decode("float32", parts).swapaxes(0, 1)
-        for name, parts in features.attention.items()
-    }
+def decoded(shard: ShardFeatures, name: str) -> Any:
+    """A float32 array of a shard, None if it has none of that name."""
+    return decode("float32", {"": shard.arrays[name][1]}) if name in shard.arrays else None
 
 
 def losses(

@@ -169,7 +169,7 @@ def _build_shards(
             features = compute_features(tar, builder.teacher, builder.spec, advance=advance)
             if commit is not None:
                 yield commit.result()
-            commit = writer.submit(_commit, builder, tar.index, features, out)
+            commit = writer.submit(commit_shard, builder, tar.index, features, out)
             del tar, features  # the writer's now: gone as soon as they are written
         if commit is not None:
             yield commit.result()
@@ -189,7 +189,15 @@ def _prepared(builder: Builder, pending: Sequence[TarIndex]) -> Iterator[Iterato
             pool.shutdown(cancel_futures=True)
 
 
-def _commit(builder: Builder, index: TarIndex, features: ShardFeatures, out: Path) -> ShardRecord:
+def commit_shard(
+    builder: Builder, index: TarIndex, features: ShardFeatures, out: Path
+) -> ShardRecord:
+    """Write a tar's features as a shard.
+
+    Raises:
+        CacheError: the cache cannot be written.
+        InputError: the tar cannot be read any more.
+    """
     for sample in features.skipped:
         log.warning("shard=%s skipped=%s reason=%s", index.name, sample.key, sample.reason)
     with new_shard(

@@ -139,19 +139,19 @@ def _dry_run(
     spec: "object", teacher: str, vision_tower: str | None, tars: list[Path], as_json: bool
 ) -> None:
     from cache_builder.estimate import estimate
+    from cache_builder.setup import load_teacher_tokenizer
     from cache_builder.teacher import check_spec
     from shared.checkpoint import ModelFolder
     from shared.mobilevlm import read_config
     from shared.samples import index_tars
     from shared.spec import CacheSpec
-    from shared.tokenizer import load_tokenizer
 
     assert isinstance(spec, CacheSpec)
     folder = ModelFolder(teacher)
     config = read_config(folder, vision_tower)
     check_spec(spec, config)
     indexes, _ = index_tars(tars)
-    found = estimate(indexes, spec, config, load_tokenizer(folder.path))
+    found = estimate(indexes, spec, config, load_teacher_tokenizer(folder, config))
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(found), "size": found.size}, indent=1))
     else:

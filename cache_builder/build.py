@@ -4,7 +4,6 @@ The unit of work, of commit and of resume is one tar. A build may be killed at a
 again; several builds may write to one folder.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +22,9 @@ from cache_builder.features import (
 from cache_builder.teacher import Teacher
 from shared.errors import InputError
 from shared.images import ImageProcessor
+from shared.plan import plan_file
 from shared.record import (
     FORMAT,
-    PLANS,
     ShardRecord,
     Skipped,
     TarFacts,
@@ -34,7 +33,7 @@ from shared.record import (
     shard_name,
 )
 from shared.samples import TarIndex, index_tars, refuse_repeated_keys, tar_sha256
-from shared.spec import CacheSpec, canonical_digest
+from shared.spec import CacheSpec
 from shared.store import new_shard, put_file
 from shared.tokenizer import Tokenizer, tokenizer_identity
 
@@ -151,10 +150,9 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
     A tar that cannot be read now is in it too. Runs with different tars write different files; the
     same run writes the same file again.
     """
-    plan = {"shards": sorted(names)}
-    path = out / PLANS / f"{canonical_digest(plan)[:16]}.json"
-    if not path.exists():
-        put_file(path, json.dumps(plan).encode())
+    file, content = plan_file(names)
+    if not (out / file).exists():
+        put_file(out / file, content)
 
 
 def tar_facts(index: TarIndex) -> TarFacts:

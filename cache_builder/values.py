@@ -128,6 +128,8 @@ def _not_finite(name: str, values: npt.NDArray[Any]) -> Iterator[str]:
         yield f"{name} hold NaN or infinity"
 
 
-def _outside(name: str, values: npt.NDArray[Any], low: float, high: float) -> Iterator[str]:
+def _outside(
+    name: str, values: npt.NDArray[Any], low: float | int, high: float | int
+) -> Iterator[str]:
     if values.size and not (values.min() >= low and values.max() <= high):
         yield f"{name} from {values.min()} to {values.max()}, expected {low} to {high}"

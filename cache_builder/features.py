@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cache_builder.teacher import Signals, Teacher
-from shared.encodings import encode
+from shared.encodings import ENCODINGS, id_dtype
 from shared.errors import UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
@@ -24,6 +24,7 @@ from shared.samples import Sample, TarIndex, read_samples
 from shared.sequence import SequenceBatch, pad_sequences
 from shared.spec import CacheSpec
 from shared.store import ShardWriter
+from shared.tensor_encodings import encode
 from shared.tokenizer import Tokenizer
 
 Parts = dict[str, npt.NDArray[np.generic]]
@@ -54,8 +55,8 @@ class SampleFeatures:
 
     attention: dict[str, Parts] = field(default_factory=dict)
     "`attention_<layer>` -> parts, rows first; empty for text only."
-    top_ids: npt.NDArray[np.int32] | None = None
-    "[response positions, k]"
+    top_ids: npt.NDArray[np.unsignedinteger] | None = None
+    "[response positions, k], in the smallest type that holds the vocabulary."
     top_logprobs: Parts = field(default_factory=dict)
     "Encoded [response positions, k]."
     rest_logprobs: npt.NDArray[np.float32] | None = None
@@ -131,27 +132,27 @@ def write_features(shard: ShardWriter, features: ShardFeatures, spec: CacheSpec)
     _put_ragged(shard, "input_ids", [p.input_ids for p in prompts], ("token",))
     _put_ragged(shard, "labels", [p.labels for p in prompts], ("token",))
     shard.put("token_offsets", _offsets([len(p.input_ids) for p in prompts]), ("boundary",))
-    starts = [-1 if p.vision_start is None else p.vision_start for p in prompts]
-    shard.put("vision_start", np.array(starts, dtype=np.int32), ("sample",))
-    shard.put("image_index", np.array(features.images, dtype=np.int32), ("sample",))
     if spec.vision_tokens is not None:
-        _put_parts(shard, "vision_tokens", features.vision_tokens, ("image", "vision", "channel"))
+        axes = ("image", "vision", "channel")
+        encoding = spec.vision_tokens.encoding
+        _put_parts(shard, "vision_tokens", encoding, features.vision_tokens, axes)
     if spec.attention is not None:
         for layer in spec.attention_layers:
             name = f"attention_{layer}"
             pieces = [f.attention[name] for f in features.features if f.attention]
-            _put_parts(shard, name, pieces, ("query", "head", "vision"))
+            _put_parts(shard, name, spec.attention.encoding, pieces, ("query", "head", "vision"))
         rows = [_rows(f.attention) for f in features.features]
         shard.put("query_offsets", _offsets(rows), ("boundary",))
     if spec.logprobs is not None:
-        _write_logprobs(shard, features.features)
+        _write_logprobs(shard, features.features, spec.logprobs.encoding)
 
 
-def _write_logprobs(shard: ShardWriter, features: Sequence[SampleFeatures]) -> None:
+def _write_logprobs(shard: ShardWriter, features: Sequence[SampleFeatures], encoding: str) -> None:
     ids = [f.top_ids for f in features if f.top_ids is not None]
     rest = [f.rest_logprobs for f in features if f.rest_logprobs is not None]
     _put_ragged(shard, "top_ids", ids, ("response", "top"))
-    _put_parts(shard, "top_logprobs", [f.top_logprobs for f in features], ("response", "top"))
+    pieces = [f.top_logprobs for f in features]
+    _put_parts(shard, "top_logprobs", encoding, pieces, ("response", "top"))
     if rest:
         _put_ragged(shard, "rest_logprobs", rest, ("response",))
     shard.put("response_offsets", _offsets([len(found) for found in ids]), ("boundary",))
@@ -208,7 +209,7 @@ class _Raw:
     """One sample's signals in float32, cut out of its batch."""
 
     attention: dict[int, npt.NDArray[np.float32]]
-    top_ids: npt.NDArray[np.int32] | None
+    top_ids: npt.NDArray[np.unsignedinteger] | None
     top_logprobs: npt.NDArray[np.float32] | None
     rest_logprobs: npt.NDArray[np.float32] | None
 
@@ -222,12 +223,13 @@ def _run_batch(
     of_batch = [vision[sample.image_digest] for sample in batch if sample.image_digest]
     none = torch.zeros(0, NUM_VISION, teacher.config.llama.hidden_size)
     stacked = torch.stack(of_batch) if of_batch else none
-    yield from _split(teacher.signals(sequences, stacked), sequences)
+    ids = id_dtype(teacher.config.llama.vocab_size)
+    yield from _split(teacher.signals(sequences, stacked), sequences, ids)
 
 
-def _split(signals: Signals, batch: SequenceBatch) -> Iterator[_Raw]:
+def _split(signals: Signals, batch: SequenceBatch, ids: type[np.unsignedinteger]) -> Iterator[_Raw]:
+    top_ids = None if signals.top_ids is None else signals.top_ids.cpu().numpy().astype(ids)
     attention = {layer: _numpy(values) for layer, values in signals.attention.items()}
-    top_ids = None if signals.top_ids is None else signals.top_ids.int().cpu().numpy()
     top_logprobs = None if signals.top_logprobs is None else _numpy(signals.top_logprobs)
     rest = None if signals.rest_logprobs is None else _numpy(signals.rest_logprobs)
     image = response = 0
@@ -264,9 +266,10 @@ def _encode(raw: _Raw, spec: CacheSpec) -> SampleFeatures:
 
 def _encode_signal(name: str, encoding: str, values: npt.NDArray[np.float32]) -> Parts:
     try:
-        return encode(encoding, values)
+        parts = encode(encoding, torch.from_numpy(values))
     except ValueError as error:
         raise UnusableSample(f"the teacher's {name} {error}") from error
+    return {suffix: stored.numpy() for suffix, stored in parts.items()}
 
 
 def _collect(
@@ -307,11 +310,13 @@ def _put_ragged(
 
 
 def _put_parts(
-    shard: ShardWriter, name: str, pieces: Sequence[Parts], axes: tuple[str, ...]
+    shard: ShardWriter, name: str, encoding: str, pieces: Sequence[Parts], axes: tuple[str, ...]
 ) -> None:
     for suffix in pieces[0] if pieces else ():
         joined = np.concatenate([piece[suffix] for piece in pieces])
-        shard.put(name + suffix, joined, axes[: joined.ndim])
+        stored_axes = ENCODINGS[encoding].axes(suffix, axes)
+        level = ENCODINGS[encoding].zstd_level if suffix == "" else 3
+        shard.put(name + suffix, joined, stored_axes, zstd_level=level)
 
 
 def _rows(attention: dict[str, Parts]) -> int:

@@ -206,6 +206,21 @@ def read_sample(tar: Path, entry: SampleEntry) -> Sample:
     return Sample(key=entry.key, conversation=conversation, image=image)
 
 
+def read_image(tar: Path, entry: SampleEntry) -> bytes | None:
+    """A sample's image, still encoded, without its text; None if it has none.
+
+    Raises:
+        InputError: the tar cannot be read at all.
+    """
+    if entry.image is None:
+        return None
+    try:
+        with tar.open("rb") as file:
+            return _read(file.fileno(), entry.image)
+    except OSError as error:
+        raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
+
+
 def read_samples(
     tar: TarIndex, entries: Iterable[SampleEntry] | None = None
 ) -> Iterator[tuple[str, Sample | UnusableSample]]:

@@ -1,4 +1,4 @@
-"""Writing and reading one cache shard.
+"""Writing one cache shard.
 
 A shard is data first, record last. Data goes to a folder of its own that no reader looks at; then
 one small JSON record names that folder and the digest of every file. The record is the shard: crash
@@ -14,7 +14,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
 
-from shared.encodings import decode
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError
 from shared.record import DATA, RECORDS, ShardRecord, StoredFile
 
-_CHUNK_BYTES = 256 * 1024
-"Inner chunk before compression: a 7B sample's attention (128 rows, float16) is about 5 of them."
+_CHUNK_BYTES = 64 * 1024
+"""Inner chunk before compression: a 7B sample's attention (128 rows of 8 bits) is 9 of them.
+Smaller ones cost a reader more calls, larger ones more rows that it has not asked for."""
 
 
 @dataclass(kw_only=True)
@@ -40,9 +40,16 @@ class ShardWriter:
     record: ShardRecord | None = None
     "The record, once the shard is committed."
 
-    def put(self, name: str, values: npt.NDArray[np.generic], axes: tuple[str, ...]) -> None:
+    def put(
+        self,
+        name: str,
+        values: npt.NDArray[np.generic],
+        axes: tuple[str, ...],
+        *,
+        zstd_level: int = 3,
+    ) -> None:
         """Store one array; `axes` are words of the glossary."""
-        _create(self.group, name, values, axes)
+        put_array(self.group, name, values, axes, zstd_level=zstd_level)
 
 
 @contextmanager
@@ -82,87 +89,15 @@ def put_file(path: Path, content: bytes) -> None:
         raise CacheError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-@dataclass(kw_only=True)
-class ShardReader:
-    """Arrays of one committed shard, opened when they are first read."""
-
-    root: Path
-    "The cache."
-    record: ShardRecord
-    "The shard."
-    _arrays: dict[str, Any] = field(default_factory=dict)
-    _small: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        # A missing shard file would read as zeros, so existence is checked, not assumed.
-        for file, stored in self.record.files.items():
-            path = self.root / self.record.data / file
-            size = path.stat().st_size if path.is_file() else None
-            if size != stored.size:
-                found = "missing" if size is None else f"{size} bytes"
-                raise self._damaged(f"{file} is {found}, its record says {stored.size} bytes")
-
-    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.generic]:
-        """Rows `start` to `stop` of an array's first axis.
-
-        Raises:
-            DamagedError: the array is missing or its bytes are not what was written.
-        """
-        try:
-            if name not in self._arrays:
-                self._arrays[name] = self._open(name)
-            values = np.asarray(self._arrays[name][start:stop])
-            # Asked after reading: a shard file that is gone by now may have been read as zeros.
-            self._check_there(name)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise self._damaged(f"{name}: {' '.join(str(error).split())}") from error
-        return values
-
-    def decoded(self, name: str, start: int, stop: int, encoding: str) -> npt.NDArray[np.float32]:
-        """Rows of an encoded array as float32."""
-        siblings = [
-            array
-            for array in (file.partition("/")[0] for file in self.record.files)
-            if array == name or array.startswith(f"{name}__")
-        ]
-        parts = {a.removeprefix(name): self.rows(a, start, stop) for a in dict.fromkeys(siblings)}
-        return decode(encoding, parts)
-
-    def whole(self, name: str) -> npt.NDArray[np.generic]:
-        """All of a small array, kept in memory."""
-        if name not in self._small:
-            self._small[name] = self.rows(name, 0, np.iinfo(np.int64).max)
-        return self._small[name]
-
-    def _check_there(self, name: str) -> None:
-        for file in self.record.files:
-            if file.startswith(f"{name}/c/"):
-                (self.root / self.record.data / file).stat()
-
-    def _open(self, name: str) -> Any:
-        file = f"{name}/zarr.json"
-        if file not in self.record.files:
-            raise self._damaged(f"no array {name}")
-        path = self.root / self.record.data / name
-        # No chunk's checksum covers this one: a wrong shape or type would read as other values.
-        found = hashlib.sha256((path / "zarr.json").read_bytes()).hexdigest()
-        expected = self.record.files[file].sha256
-        if found != expected:
-            raise self._damaged(
-                f"{file} has sha256 {found[:12]}, but its record says {expected[:12]}"
-            )
-        return zarr.open_array(str(path), mode="r", zarr_format=3)
-
-    def _damaged(self, what: str) -> DamagedError:
-        return DamagedError(
-            f"{self.root}: shard {self.record.name}: {what}. Run cache-tools repair {self.root}, "
-            f"then run build-cache on {self.record.tar.name} again"
-        )
-
-
-def _create(
-    group: zarr.Group, name: str, values: npt.NDArray[np.generic], axes: tuple[str, ...]
+def put_array(
+    group: zarr.Group,
+    name: str,
+    values: npt.NDArray[np.generic],
+    axes: tuple[str, ...],
+    *,
+    zstd_level: int = 3,
 ) -> None:
+    """One array of a shard, in the profile that `shared.reader` reads."""
     row_bytes = max(1, values[:1].nbytes)
     rows = max(1, min(len(values), _CHUNK_BYTES // row_bytes))
     chunks = (rows, *values.shape[1:])
@@ -174,7 +109,7 @@ def _create(
         chunks=chunks,
         # The index in front: servers without suffix ranges can be read.
         shards={"shape": whole, "index_location": ShardingCodecIndexLocation.start},
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        compressors=[ZstdCodec(level=zstd_level), Crc32cCodec()],
         dimension_names=axes,
         fill_value=0,
         config={"write_empty_chunks": True},  # an absent chunk and a lost one look the same

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tests.support import (
     invoke,
     record,
     stored_digests,
+    teacher_copy,
 )
 
 BAD = "ref-000001"
@@ -319,8 +321,6 @@ def test_a_value_that_cannot_be_is_said(cache: Cache, change: Any, message: str)
     found = wrong_value(change(sample), cache.spec, cache.identity["teacher"], length)
 
     assert found is not None
-    import re
-
     assert re.search(message, found), found
 
 
@@ -403,7 +403,6 @@ def test_repair_rebuilds_when_it_is_given_the_teacher(root: Path, packed_tars: l
 def test_repair_with_another_teacher_is_refused_and_both_values_are_named(
     root: Path, packed_tars: list[Path], tmp_path: Path
 ) -> None:
-    from tests.support import teacher_copy
 
     other = teacher_copy(
         tmp_path / "teacher", edit=lambda tensors: tensors["model.norm.weight"].add_(1)

@@ -1,15 +1,17 @@
 """A cache stands in for the teacher: the training loop cannot tell one from the other."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 
 from cache_builder.build import Builder
-from cache_builder.features import SampleFeatures, compute_features, prepare
-from shared.cache import Cache, CachedSample
-from shared.encodings import decode
+from cache_builder.features import ShardFeatures, compute_features, prepare
+from shared.cache import Cache, EncodedBatch, Signal
 from shared.samples import TarIndex, index_tar
 from shared.spec import CacheSpec
 from student_train.config import Recipe
@@ -46,39 +48,52 @@ class LiveTeacher:
     def keys(self) -> list[str]:
         return list(self._where)
 
-    def num_tokens(self, key: str) -> int:
-        (found,) = prepare(self._where[key], self.spec, self._builder.tokenizer)
-        return found.num_tokens  # type: ignore[union-attr]
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        found = [
+            next(iter(prepare(index, self.spec, self._builder.tokenizer)))
+            for index in self._where.values()
+        ]
+        return np.array([sample.num_tokens for sample in found], dtype=np.int32)  # type: ignore[union-attr]
 
-    def read(self, key: str) -> CachedSample:
-        self.runs += 1
-        index: TarIndex = self._where[key]
-        shard = compute_features(
+    def read_batch(self, keys: Sequence[str], signals: Collection[Signal]) -> EncodedBatch:
+        self.runs += len(keys)
+        shards = [self._run(self._where[key]) for key in keys]
+        prompts = [shard.samples[0].prompt for shard in shards]
+        features = [shard.features[0] for shard in shards]
+        attention = [found.attention for found in features if found.attention]
+        rest = [found.rest_logprobs for found in features if found.rest_logprobs is not None]
+        return EncodedBatch(
+            input_ids=[prompt.input_ids for prompt in prompts],
+            labels=[prompt.labels for prompt in prompts],
+            attention={
+                layer: {"": padded([f[f"attention_{layer}"][""] for f in attention])}
+                for layer in (self.spec.attention_layers if attention else ())
+            },
+            vision_tokens=joined([v[""] for shard in shards for v in shard.vision_tokens]),
+            top_ids=np.concatenate([found.top_ids for found in features]),
+            top_logprobs=joined([found.top_logprobs[""] for found in features]),
+            rest_logprobs=np.concatenate(rest) if rest else None,
+        )
+
+    def _run(self, index: TarIndex) -> ShardFeatures:
+        return compute_features(
             list(prepare(index, self.spec, self._builder.tokenizer)),  # type: ignore[arg-type]
             self._builder.teacher, self._builder.processor, self.spec, batch_size=1,
             advance=lambda _: None,
         )  # fmt: skip
-        (sample,), (features,) = shard.samples, shard.features
-        return CachedSample(
-            key=key,
-            input_ids=sample.prompt.input_ids,
-            labels=sample.prompt.labels,
-            vision_start=sample.prompt.vision_start,
-            attention=attention_of(features),
-            vision_tokens=decode("float32", shard.vision_tokens[0])[0]
-            if shard.vision_tokens
-            else None,
-            top_ids=features.top_ids,
-            top_logprobs=decode("float32", features.top_logprobs),
-            rest_logprobs=features.rest_logprobs,
-        )
 
 
-def attention_of(features: SampleFeatures) -> dict[int, "torch.Tensor"]:
-    return {
-        int(name.removeprefix("attention_")): decode("float32", parts).swapaxes(0, 1)
-        for name, parts in features.attention.items()
-    }
+def padded(pieces: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """[Q, H, V] arrays as one [N, Q, H, V], zeros behind the shorter."""
+    longest = max(map(len, pieces))
+    return np.stack(
+        [np.pad(piece, ((0, longest - len(piece)), (0, 0), (0, 0))) for piece in pieces]
+    )
+
+
+def joined(pieces: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {"": np.concatenate(pieces)} if pieces else {}
 
 
 def losses(

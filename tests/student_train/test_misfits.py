@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_another_vocabulary_size_is_fine_without_the_kl(
 def test_another_number_of_vision_tokens(full_cache: Cache) -> None:
     """No teacher of this project has one, but a cache from elsewhere could say so."""
     student = aligned(recipe(), full_cache)
-    other = Cache(full_cache.root, full_cache.records)
+    other = copy(full_cache)
     teacher = {**other.identity["teacher"], "vision_tokens": 576}
     other.identity = {**other.identity, "teacher": teacher}
     from shared.tokenizer import load_tokenizer

@@ -8,7 +8,6 @@ read the next one and decode the coming images, and another writes the shard bef
 most one tar ahead or behind, so memory is bounded by the size of a shard, not by their number.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,16 +28,16 @@ from cache_builder.stopping import Stopped, StopRequest
 from cache_builder.teacher import Teacher
 from shared.errors import InputError
 from shared.images import ImageProcessor
+from shared.plan import plan_file
 from shared.record import (
     FORMAT,
-    PLANS,
     ShardRecord,
     TarFacts,
     compare,
     shard_name,
 )
 from shared.samples import TarIndex, index_tars, refuse_repeated_keys, tar_sha256
-from shared.spec import CacheSpec, canonical_digest
+from shared.spec import CacheSpec
 from shared.store import new_shard, put_file
 from shared.tokenizer import Tokenizer, tokenizer_identity
 
@@ -164,10 +163,9 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
     A tar that cannot be read now is in it too. Runs with different tars write different files; the
     same run writes the same file again.
     """
-    plan = {"shards": sorted(names)}
-    path = out / PLANS / f"{canonical_digest(plan)[:16]}.json"
-    if not path.exists():
-        put_file(path, json.dumps(plan).encode())
+    file, content = plan_file(names)
+    if not (out / file).exists():
+        put_file(out / file, content)
 
 
 def tar_facts(index: TarIndex) -> TarFacts:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.console import Command, Group, bytes_text, configure_logging
+from cache_builder.tools import diff, gc, repair, verify
+from shared.console import Command, Group, bytes_text, configure_logging, printable_lines
 
 if TYPE_CHECKING:
     from cache_builder.estimate import Estimate
@@ -94,7 +95,11 @@ def build_cache(
 
 @click.group(cls=Group, name="cache-tools")
 def cache_tools() -> None:
-    """Pack data sets into tars and look into caches."""
+    """Pack data sets into tars, and look into and after caches."""
+
+
+for command in (verify, repair, gc, diff):
+    cache_tools.add_command(command)
 
 
 @cache_tools.command(cls=Command)
@@ -132,7 +137,7 @@ def info(cache: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=1))
     else:
-        click.echo("\n".join(_summary_lines(cache, summary)))
+        click.echo(printable_lines(_summary_lines(cache, summary)))
 
 
 def _dry_run(

@@ -1,14 +1,13 @@
 """What a cache is and how far its build is, from its records alone."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import CacheError, ConfigError, DamagedError
-from shared.record import PLANS, read_records, sizes_by_array, spec_of
-from shared.strict import convert
+from shared.errors import CacheError
+from shared.plan import plan_names, read_plan
+from shared.record import read_records, sizes_by_array, spec_of
 
 _SIGNALS = {
     "attention": "attention",
@@ -58,13 +57,12 @@ def summarise(root: Path) -> Summary:
         DamagedError: a record or plan cannot be read.
     """
     records = read_records(root)
-    planned = _planned(root)
+    planned = {name for file in plan_names(root) for name in read_plan(root, file)}
     if not records and not planned:
         raise CacheError(
             f"{root}: no cache here (neither records nor plans); see build-cache --help"
         )
-    for record in records.values():
-        spec_of(record)
+    specs = [spec_of(record) for record in records.values()]
     reasons = Counter(s.reason for record in records.values() for s in record.skipped)
     sizes: Counter[str] = Counter()
     for array, size in sizes_by_array(list(records.values())).items():
@@ -77,21 +75,15 @@ def summarise(root: Path) -> Summary:
         skipped=sum(reasons.values()),
         skip_reasons=dict(reasons.most_common()),
         sizes=dict(sizes.most_common()),
-        identity=next((record.identity for record in records.values()), {}),
+        identity=next(
+            (
+                {**record.identity, "spec": spec.to_dict()}
+                for record, spec in zip(records.values(), specs, strict=True)
+            ),
+            {},
+        ),
         pending=tuple(sorted(planned - set(records))),
     )
-
-
-def _planned(root: Path) -> set[str]:
-    names: set[str] = set()
-    for path in sorted((root / PLANS).glob("*.json")):
-        try:
-            names |= set(
-                convert(tuple[str, ...], json.loads(path.read_bytes())["shards"], "shards")
-            )
-        except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
-            raise DamagedError(f"{path}: not a plan ({error}); it may be deleted") from error
-    return names
 
 
 def _signal(array: str) -> str:

@@ -3,11 +3,12 @@
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from shared.errors import ProjectError
+from shared.errors import ProjectError, printable
 
 
 class OneLineErrors:
@@ -22,7 +23,7 @@ class OneLineErrors:
             click.echo("Interrupted: what was committed stays, nothing half counts", err=True)
             ctx.exit(130)  # as shells count a process that SIGINT ended
         except ProjectError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
 class Command(OneLineErrors, click.Command):
@@ -46,6 +47,11 @@ def configure_logging(verbose: bool) -> None:
 def is_main_process() -> bool:
     """Whether this is the process that prints, of those that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def printable_lines(lines: Iterable[str]) -> str:
+    """Lines for a terminal; what they quote of a stranger's cache cannot steer it."""
+    return "\n".join(printable(line) for line in lines)
 
 
 def bytes_text(size: int | float) -> str:

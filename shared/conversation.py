@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.errors import UnusableSample
+from shared.strict import shown
 
 IMAGE = "<image>"
 "Where the image goes, in the text of a human turn."
@@ -54,7 +55,7 @@ def parse_annotation(annotation: object, *, has_image: bool) -> Conversation:
     if isinstance(annotation.get("image"), list):
         raise UnusableSample("more than one image")
     if annotation.get("image") and not has_image:
-        raise UnusableSample(f"image {str(annotation['image'])!r} is not in the tar")
+        raise UnusableSample(f"image {shown(annotation['image'])} is not in the tar")
     turns = [_turn(message) for message in messages]
     if turns[0].role == "gpt":
         turns = turns[1:]
@@ -67,7 +68,7 @@ def _turn(message: object) -> Turn:
         raise UnusableSample("a message is not an object")
     role, text = message.get("from"), message.get("value")
     if role not in ("human", "gpt"):
-        raise UnusableSample(f"odd role {role!r}, expected 'human' or 'gpt'")
+        raise UnusableSample(f"odd role {shown(role)}, expected 'human' or 'gpt'")
     if not isinstance(text, str):
         raise UnusableSample("a message without text")
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -47,4 +47,21 @@ class TrainingError(ProjectError):
 
 
 class UnusableSample(Exception):
-    """One sample cannot be used; the text is the reason that skip lists show."""
+    """One sample cannot be used; the text is the reason that skip lists show.
+
+    A reason may quote the sample, so it is cut and made one printable line.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason, most=300))
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """`text` as one line of at most `most` characters that says nothing to a terminal.
+
+    Line ends, control characters and halves of characters are shown as escapes.
+    """
+    text = text[: most + 1]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -7,7 +7,9 @@ deterministic.
 
 import io
 import json
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,10 @@ def decode_image(encoded: bytes) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnusableSample(f"image beyond {Image.MAX_IMAGE_PIXELS} pixels") from error
     # Pillow's decoders raise all of these on damaged data.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+    except (
+        OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+        RuntimeError, struct.error, zlib.error,
+    ) as error:  # fmt: skip
         raise UnusableSample(f"image is broken ({error})") from error
 
 

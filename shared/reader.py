@@ -276,8 +276,8 @@ class ShardReader:
 
     def _damaged(self, what: str) -> DamagedError:
         return DamagedError(
-            f"{self.root}: shard {self.record.name}: {what}. To rebuild it, delete "
-            f"records/{self.record.name}.json and run build-cache on {self.record.tar.name} again"
+            f"{self.root}: shard {self.record.name}: {what}. Run cache-tools repair {self.root}, "
+            f"then run build-cache on {self.record.tar.name} again"
         )
 
 

@@ -1,29 +1,37 @@
 """Shard records: the small JSON files that say which shards exist and what they are.
 
 A record names its data folder, the digest of every file in it, the samples, what was skipped, and
-the identity of everything that decided the bytes. Records are read before anything else and
-validated before use: a cache may come from a stranger.
+the identity of everything that decided the bytes. It begins with the digest of the rest of itself,
+so that no bit of it can change unnoticed. Records are read before anything else and validated
+before use: a cache may come from a stranger.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from shared.bounds import (
+    check_file,
+    check_files,
+    check_identity,
+    check_samples,
+    check_skipped,
+)
 from shared.errors import CacheError, ConfigError, DamagedError, MismatchError
+from shared.inside import list_inside, read_inside
+from shared.sealed import MAX_BYTES, seal, unseal
 from shared.spec import CacheSpec
-from shared.strict import build
+from shared.strict import build, shown
 
 FORMAT = 1
 "Version of the layout on disk; written in every record, never guessed."
-RECORDS, DATA, PLANS = "records", "data", "plans"
+RECORDS, DATA = "records", "data"
 "Folders of a cache."
-IDENTITY = ("spec", "teacher", "tokenizer", "image_processor", "numerics")
-"Sections of an identity."
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+"What a shard may be called."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,9 @@ class StoredFile:
     "Bytes."
     sha256: str
     "Hexadecimal."
+
+    def __post_init__(self) -> None:
+        check_file(self.size, self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +59,9 @@ class TarFacts:
     "Hexadecimal."
     index_sha256: str
     "Over name, type, place and size of its members: compared where reading all is too slow."
+
+    def __post_init__(self) -> None:
+        check_file(self.size, self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,40 +102,66 @@ class ShardRecord:
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ValueError(f"format {self.format}, this version reads format {FORMAT}")
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"bad shard name {self.name!r}")
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"bad shard name {shown(self.name)}")
         if not re.fullmatch(rf"{DATA}/{re.escape(self.name)}-[0-9a-f]{{8}}", self.data):
-            raise ValueError(f"data is {self.data!r}, expected data/{self.name}-<8 hex digits>")
-        for file in self.files:
-            if file.startswith("/") or ".." in PurePosixPath(file).parts or "\\" in file:
-                raise ValueError(f"path {file!r} leaves the shard")
-        for section in IDENTITY:
-            if not isinstance(self.identity.get(section), dict):
-                raise ValueError(f"identity has no {section}")  # noqa: TRY004  (one error for all)
-        if not len(self.keys) == len(self.lengths) == len(self.images):
-            raise ValueError("keys, lengths and images differ in number")
-        if len(set(self.keys)) != len(self.keys):
-            raise ValueError("a key stands twice")
+            raise ValueError(f"data is {shown(self.data)}, expected data/{self.name}-<8 hex>")
+        if self.tar.name.removesuffix(".tar") != self.name:
+            raise ValueError(f"tar is {shown(self.tar.name)}, expected {self.name}.tar")
+        check_identity(self.identity)
+        check_samples(self.keys, self.lengths, self.images)
+        check_skipped([(sample.key, sample.reason) for sample in self.skipped])
+        check_files(self.files)
 
     def to_json(self) -> str:
-        """The record file's text."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=True, separators=(",", ":"))
+        """The record file's text.
+
+        Raises:
+            CacheError: it would be larger than a reader takes.
+        """
+        text = seal(dataclasses.asdict(self))
+        if len(text) > MAX_BYTES:
+            raise CacheError(
+                f"shard {self.name}: its record would be {len(text)} bytes, at most {MAX_BYTES}; "
+                "put fewer samples into a tar (cache-tools pack --samples-per-tar)"
+            )
+        return text
 
     @classmethod
     def load(cls, path: Path) -> "ShardRecord":
-        """Read and validate.
+        """Read and validate `CACHE/records/<shard>.json`.
 
         Raises:
-            DamagedError: not JSON or not a record.
+            DamagedError: not a record, or not as it was written.
+            MismatchError: a record of another format.
+            CacheError: it cannot be read.
         """
+        root = path.parents[1]
         try:
-            values = json.loads(path.read_bytes())
-            record = build(cls, values, where=str(path))
+            content = read_inside(root, f"{RECORDS}/{path.name}", MAX_BYTES)
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be read ({error.strerror})") from error
+        try:
+            values = unseal(path, content)
+            _check_format(path, values)
+            record = build(cls, values, where="record")
         except (ValueError, RecursionError, ConfigError) as error:
-            raise DamagedError(f"{path}: not a record of format {FORMAT} ({error})") from error
+            raise DamagedError(
+                f"{path}: not a record of format {FORMAT} ({error}); "
+                f"cache-tools repair {root} removes it"
+            ) from error
         if record.name != path.stem:
             raise DamagedError(f"{path}: is the record of shard {record.name!r}")
         return record
+
+
+def _check_format(path: Path, values: Mapping[str, Any]) -> None:
+    found = values.get("format")
+    if type(found) is int and found != FORMAT:
+        raise MismatchError(
+            f"{path}: format {found} there, {FORMAT} here; use the version that wrote it, or a "
+            "newer one that reads both"
+        )
 
 
 def shard_name(tar: Path) -> str:
@@ -131,30 +171,43 @@ def shard_name(tar: Path) -> str:
         CacheError: characters other than letters, digits, `.`, `_`, `-`.
     """
     name = tar.name.removesuffix(".tar")
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise CacheError(
             f"{tar}: rename it; a shard's name is made of letters, digits, '.', '_', '-'"
         )
     return name
 
 
+def record_names(root: Path) -> list[str]:
+    """Names of the shards that have a record; whatever else lies beside the records is passed over.
+
+    Raises:
+        DamagedError: the folder of the records is a link.
+        CacheError: it cannot be read.
+    """
+    try:
+        entries = list_inside(root, RECORDS)
+    except OSError as error:
+        raise CacheError(f"{root}: cannot be read ({error.strerror})") from error
+    names = [entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json")]
+    return [name for name in names if NAME.fullmatch(name)]
+
+
 def read_records(root: Path) -> dict[str, ShardRecord]:
     """All records of a cache by shard name; empty if there are none.
 
     Raises:
-        DamagedError: a record cannot be read.
+        DamagedError: a record is damaged.
+        MismatchError: a record is of another format.
+        CacheError: a record cannot be read.
     """
     return {record.name: record for record in iter_records(root)}
 
 
 def iter_records(root: Path) -> Iterator[ShardRecord]:
-    """All records of a cache, one by one, in order of their names.
-
-    Raises:
-        DamagedError: a record cannot be read.
-    """
-    for path in sorted((root / RECORDS).glob("*.json")):
-        yield ShardRecord.load(path)
+    """All records of a cache, one by one, in order of their names; raises as `read_records`."""
+    for name in record_names(root):
+        yield ShardRecord.load(root / RECORDS / f"{name}.json")
 
 
 def compare(
@@ -184,11 +237,12 @@ def compare(
         else:
             unequal.append((path, ours, theirs))
     if unequal:
-        shown = "; ".join(
-            f"{path}: {ours!r} there, {theirs!r} here" for path, ours, theirs in unequal[:3]
+        text = "; ".join(
+            f"{path}: {shown(ours)} there, {shown(theirs)} here"
+            for path, ours, theirs in unequal[:3]
         )
         more = f" (and {len(unequal) - 3} more)" if len(unequal) > 3 else ""
-        raise MismatchError(f"{name} does not fit: {shown}{more}. {advice}")
+        raise MismatchError(f"{name} does not fit: {text}{more}. {advice}")
     return accepted
 
 

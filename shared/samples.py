@@ -7,6 +7,7 @@ members are never unpacked to disk.
 
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -18,13 +19,17 @@ from pathlib import Path
 import braceexpand
 from tqdm import tqdm
 
+from shared.bounds import MAX_SAMPLES, MAX_TEXT
 from shared.conversation import Conversation, parse_annotation
-from shared.errors import InputError, UnusableSample
+from shared.errors import InputError, UnusableSample, printable
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_MAX_JSON = 16 * 2**20
+_MAX_JSON, _MAX_IMAGE, _MAX_HEADER = 16 * 2**20, 64 * 2**20, 2**20
+"Bytes; a name or extended header of a tar is at most `_MAX_HEADER`."
+_MAX_CONTAINERS = 200_000
+"Lists and objects in one JSON: an empty one takes 2 bytes of text and 60 of memory."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,24 +125,33 @@ def index_tar(path: Path) -> TarIndex:
     """Read a tar's headers.
 
     Raises:
-        InputError: not a tar, or cut short.
+        InputError: not a tar, cut short, or of more samples than a shard may hold.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
-            digest = hashlib.sha256()
+        digest = hashlib.sha256()
+        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             groups = _group(tar, digest)
             if not _ends_with_zero_block(path):
                 raise tarfile.ReadError("no end-of-archive mark")
-    except (tarfile.TarError, OSError, ValueError) as error:
+    # tarfile raises all of these on damaged headers; a chain of long names ends its recursion.
+    except (
+        tarfile.TarError, OSError, ValueError, IndexError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise InputError(
             f"{path}: truncated or not a tar ({error}); fetch or pack it again"
         ) from error
-    samples, skipped = [], {}
+    samples: list[SampleEntry] = []
+    skipped: dict[str, str] = {}
     for key, members in groups.items():
         try:
             samples.append(_entry(key, members))
         except UnusableSample as reason:
-            skipped[key] = str(reason)
+            skipped[_listed(key, len(skipped))] = str(reason)
+    if max(len(samples), len(skipped)) > MAX_SAMPLES:
+        raise InputError(
+            f"{path}: {len(groups)} samples, at most {MAX_SAMPLES} in a tar; pack it anew "
+            "(cache-tools pack --samples-per-tar)"
+        )
     return TarIndex(path=path, samples=tuple(samples), skipped=skipped, sha256=digest.hexdigest())
 
 
@@ -221,13 +235,30 @@ def read_samples(
             yield entry.key, reason
 
 
+class _Headers(io.BufferedReader):
+    """A tar of which only headers are read, none of them large.
+
+    tarfile takes the size of a long name or an extended header from the tar itself and reads it as
+    a whole.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes, at most {_MAX_HEADER}")
+        return super().read(size)
+
+
 def _group(
     tar: tarfile.TarFile, digest: "hashlib._Hash"
 ) -> dict[str, list[tuple[str, Member | None]]]:
     groups: dict[str, list[tuple[str, Member | None]]] = {}
     previous = None
-    for info in tar:
+    for number, info in enumerate(tar):
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+        if info.size < 0:  # the next header would be this one again
+            raise tarfile.ReadError(f"a member of {info.size} bytes")
+        if number > 8 * MAX_SAMPLES:
+            raise tarfile.ReadError(f"over {number} members")
         line = f"{info.name}\0{info.type.decode('latin-1')}\0{info.offset_data}\0{info.size}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
         if info.isdir():
@@ -237,13 +268,16 @@ def _group(
         key = f"{folder}/{stem}" if folder else stem
         if key in groups and key != previous:
             groups[key].append(("duplicate", None))
-        member = Member(offset=info.offset_data, size=info.size) if info.isreg() else None
+        plain = info.isreg() and not info.issparse()  # a sparse one's bytes are not its content
+        member = Member(offset=info.offset_data, size=info.size) if plain else None
         groups.setdefault(key, []).append((suffix.lower(), member))
         previous = key
     return groups
 
 
 def _entry(key: str, members: Sequence[tuple[str, Member | None]]) -> SampleEntry:
+    if not key or len(key) > MAX_TEXT or not key.isprintable():
+        raise UnusableSample(f"name is empty, over {MAX_TEXT} characters, or cannot be printed")
     suffixes = [suffix for suffix, _ in members]
     images = [member for suffix, member in members if suffix in IMAGE_SUFFIXES]
     annotations = [member for suffix, member in members if suffix == "json"]
@@ -257,7 +291,15 @@ def _entry(key: str, members: Sequence[tuple[str, Member | None]]) -> SampleEntr
         raise UnusableSample("member is a link or special file")
     if annotations[0].size > _MAX_JSON:
         raise UnusableSample(f"JSON of {annotations[0].size} bytes, at most {_MAX_JSON}")
+    if images and images[0] is not None and images[0].size > _MAX_IMAGE:
+        raise UnusableSample(f"image of {images[0].size} bytes, at most {_MAX_IMAGE}")
     return SampleEntry(key=key, annotation=annotations[0], image=images[0] if images else None)
+
+
+def _listed(key: str, number: int) -> str:
+    """A key as skip lists show it: numbered where it had to be changed, so that none is lost."""
+    text = printable(key, most=MAX_TEXT)
+    return text if text == key else f"{text} ({number})"
 
 
 def _ends_with_zero_block(path: Path) -> bool:
@@ -276,6 +318,9 @@ def _read(descriptor: int, member: Member) -> bytes:
 
 
 def _parse_json(content: bytes) -> object:
+    containers = content.count(b"[") + content.count(b"{")
+    if containers > _MAX_CONTAINERS:
+        raise UnusableSample(f"JSON of {containers} lists and objects, at most {_MAX_CONTAINERS}")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,9 @@ that names the key, the value and the type. Nothing is guessed, nothing is ignor
 
 import dataclasses
 import difflib
+import math
+import re
+import reprlib
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +19,10 @@ import yaml
 from shared.errors import ConfigError
 
 T = TypeVar("T")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
+_SHORT.maxlevel = 3
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -42,12 +49,12 @@ def build(cls: type[T], values: object, where: str) -> T:
         ConfigError: unknown or missing key, wrong type, or a value that `__post_init__` refuses.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected a mapping of keys, found {values!r}")
+        raise ConfigError(f"{where}: expected a mapping of keys, found {shown(values)}")
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), fields)}")
+            raise ConfigError(f"{where}: unknown key {shown(key)}{nearest(str(key)[:100], fields)}")
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
     if missing:
         raise ConfigError(f"{where}: missing key {missing[0]!r}")
@@ -58,6 +65,11 @@ def build(cls: type[T], values: object, where: str) -> T:
         return cls(**arguments)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def shown(value: object) -> str:
+    """`value` as messages show it: its repr, cut where it would be long or deep."""
+    return _SHORT.repr(value)
 
 
 def nearest(key: str, known: Mapping[str, object] | list[str]) -> str:
@@ -78,19 +90,23 @@ def convert(hint: Any, value: object, where: str) -> Any:
         return convert(hint, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+            raise ConfigError(
+                f"{where}: {shown(value)} is not one of {', '.join(map(str, arguments))}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, found {value!r}")
+            raise ConfigError(f"{where}: expected a list, found {shown(value)}")
         if arguments[0] in (str, int) and all(type(item) is arguments[0] for item in value):
             return tuple(value)  # records hold a million keys
         return tuple(convert(arguments[0], item, where) for item in value)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected a mapping, found {value!r}")
+            raise ConfigError(f"{where}: expected a mapping, found {shown(value)}")
         return {
-            convert(arguments[0], key, where): convert(arguments[1], item, f"{where}: {key}")
+            _key(arguments[0], key, where): convert(
+                arguments[1], item, f"{where}: {str(key)[:100]}"
+            )
             for key, item in value.items()
         }
     if dataclasses.is_dataclass(hint):
@@ -98,21 +114,25 @@ def convert(hint: Any, value: object, where: str) -> Any:
     return _scalar(hint, value, where)
 
 
+def _key(hint: type, key: object, where: str) -> object:
+    if hint is int and isinstance(key, str) and re.fullmatch("-?[0-9]{1,18}", key):
+        return int(key)  # JSON has only text keys, so a layer map comes back as text
+    return convert(hint, key, where)
+
+
 def _scalar(hint: type, value: object, where: str) -> object:
     if hint is float:
         # YAML reads "2e-5" (no dot) as text; people write it all the time.
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
-                return float(value)
-            except ValueError:
-                pass
-    elif hint is int and isinstance(value, str) and value.lstrip("-").isdigit():
-        return int(value)  # JSON has only text keys, so a layer map comes back as text
+                number = float(value)
+            except (ValueError, OverflowError):
+                number = math.nan
+            if math.isfinite(number):
+                return number
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where}: expected {hint.__name__}, found {value!r}")
+    raise ConfigError(f"{where}: expected {hint.__name__}, found {shown(value)}")
 
 
 def _required(field: "dataclasses.Field[object]") -> bool:

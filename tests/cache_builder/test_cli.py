@@ -14,6 +14,7 @@ from tests.support import (
     FULL,
     TEACHER,
     command,
+    edit_record,
     error_line,
     invoke,
     sample,
@@ -218,10 +219,7 @@ def test_info_on_a_record_without_part_of_its_identity_is_one_line(
     tmp_path: Path, tar: Path, section: str
 ) -> None:
     command(tmp_path / "cache", tar, ALIGN_ONLY)
-    path = tmp_path / "cache" / "records" / "t.json"
-    values = json.loads(path.read_text())
-    del values["identity"][section]
-    path.write_text(json.dumps(values))
+    edit_record(tmp_path / "cache", "t", lambda values: values["identity"].pop(section))
 
     assert section in error_line(invoke(cache_tools, "info", str(tmp_path / "cache")))
 

@@ -4,16 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheError, DamagedError, MismatchError
-from tests.support import record
+from tests.support import edit_record, record
 
 
 @pytest.fixture
@@ -39,13 +37,6 @@ def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
-
-
-def edit_record(root: Path, shard: str, edit: Callable[[dict[str, Any]], object]) -> None:
-    path = root / "records" / f"{shard}.json"
-    values = json.loads(path.read_text())
-    edit(values)
-    path.write_text(json.dumps(values))
 
 
 def test_a_cache_lists_its_samples_shard_by_shard(cache: Cache) -> None:

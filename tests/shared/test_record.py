@@ -1,7 +1,9 @@
 """Records come from strangers: each is checked before anything that it names is touched."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import CacheError, DamagedError, MismatchError
+from shared.plan import plan_file, plan_names, read_plan
 from shared.record import (
     ShardRecord,
+    Skipped,
     compare,
     differences,
     read_records,
     shard_name,
     sizes_by_array,
 )
+from shared.sealed import MAX_BYTES, seal
 from tests.support import record
 
 
@@ -26,36 +31,72 @@ from tests.support import record
 def values(cache_path: Path) -> dict[str, Any]:
     """The values of a real record."""
     found: dict[str, Any] = json.loads((cache_path / "records" / "ref-000000.json").read_text())
+    del found["sha256"]
     return found
 
 
-def load(tmp_path: Path, values: object, name: str = "ref-000000") -> ShardRecord:
-    path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(values))
+def load(tmp_path: Path, content: str, name: str = "ref-000000") -> ShardRecord:
+    path = tmp_path / "records" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
     return ShardRecord.load(path)
 
 
 def test_a_record_survives_its_file(tmp_path: Path, cache_path: Path) -> None:
     found = record(cache_path, "ref-000000")
-    (tmp_path / "ref-000000.json").write_text(found.to_json())
 
-    assert ShardRecord.load(tmp_path / "ref-000000.json") == found
+    assert load(tmp_path, found.to_json()) == found
 
 
-FILE = {"size": 1, "sha256": "0"}
+def test_any_flipped_bit_of_a_record_is_found(tmp_path: Path, cache_path: Path) -> None:
+    content = (cache_path / "records" / "ref-000000.json").read_bytes()
+    path = tmp_path / "records" / "ref-000000.json"
+    path.parent.mkdir()
+    for position in (*range(100), *range(100, len(content), 7)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+
+        with pytest.raises(DamagedError, match="not a record"):
+            ShardRecord.load(path)
+
+
+def test_white_space_in_a_record_counts_too(tmp_path: Path, cache_path: Path) -> None:
+    text = record(cache_path, "ref-000000").to_json()
+
+    for changed in (text.replace(',"name"', ', "name"'), text + "\n", " " + text):
+        with pytest.raises(DamagedError, match="not a record"):
+            load(tmp_path, changed)
+
+
+def test_a_record_of_another_format_is_a_mismatch_and_no_damage(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    with pytest.raises(MismatchError, match="format 2 there, 1 here"):
+        load(tmp_path, seal({**values, "format": 2}))
+
+
+def test_a_record_of_an_older_draft_is_a_mismatch_and_no_damage(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    with pytest.raises(MismatchError, match="older draft of format 1: build the cache again"):
+        load(tmp_path, json.dumps(values, separators=(",", ":")))
+
+
+FILE = {"size": 1, "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this version reads format 1"),
+        ({"format": "1"}, "format: expected int, found '1'"),
         ({"name": "../ref-000000"}, "bad shard name"),
         ({"name": ""}, "bad shard name ''"),
         ({"name": ".hidden"}, "bad shard name"),
         ({"data": "/etc"}, "data is '/etc'"),
-        ({"data": "data/../../x-01234567"}, "expected data/ref-000000-<8 hex digits>"),
-        ({"data": "data/other-01234567"}, "expected data/ref-000000-<8 hex digits>"),
-        ({"data": "data/ref-000000-01234567\n"}, "expected data/ref-000000-<8 hex digits>"),
+        ({"data": "data/../../x-01234567"}, "expected data/ref-000000-<8 hex>"),
+        ({"data": "data/other-01234567"}, "expected data/ref-000000-<8 hex>"),
+        ({"data": "data/ref-000000-01234567\n"}, "expected data/ref-000000-<8 hex>"),
         ({"files": {"/etc/passwd": FILE}}, "path '/etc/passwd' leaves the shard"),
         ({"files": {"a/../../b": FILE}}, "path 'a/../../b' leaves the shard"),
         ({"files": {"..": FILE}}, "leaves the shard"),
@@ -65,6 +106,32 @@ FILE = {"size": 1, "sha256": "0"}
         ({"keys": ["s0", "s0"]}, "a key stands twice"),
         ({"keys": ["s0", 5]}, "expected str, found 5"),
         ({"identity": {}}, "identity has no spec"),
+        ({"files": {"": FILE}}, "path '' leaves the shard or has odd characters"),
+        ({"files": {"a//b": FILE}}, "leaves the shard"),
+        ({"files": {"./a": FILE}}, "leaves the shard"),
+        ({"files": {"a/": FILE}}, "leaves the shard"),
+        ({"files": {"a\0b": FILE}}, "leaves the shard"),
+        ({"files": {"a/" * 8 + "b": FILE}}, "leaves the shard"),
+        ({"files": {f"f{n}": FILE for n in range(10_001)}}, "10001 files, at most 10000"),
+        ({"files": {"a": {"size": -1, "sha256": "0" * 64}}}, "size -1, expected 0 to 2^63 - 1"),
+        ({"files": {"a": {"size": 2**63, "sha256": "0" * 64}}}, "expected 0 to 2^63 - 1"),
+        ({"files": {"a": {"size": 1, "sha256": "0"}}}, "sha256 '0', expected 64 hexadecimal"),
+        (
+            {"tar": {**FILE, "name": "/etc/passwd", "index_sha256": "0" * 64}},
+            "tar is '/etc/passwd', expected ref-000000.tar",
+        ),
+        ({"lengths": [1, 0]}, "lengths 0 to 1, expected 1 to 2^31 - 1"),
+        ({"lengths": [1, 2**31]}, "expected 1 to 2^31 - 1"),
+        ({"lengths": [1, 1.5]}, "expected int, found 1.5"),
+        ({"images": [0, -2]}, "images -2 to 0, expected -1 to 1"),
+        ({"images": [0, 2]}, "images 0 to 2, expected -1 to 1"),
+        ({"keys": ["a", ""]}, "a key is empty, over 512 characters, or cannot be printed"),
+        ({"keys": ["a", "b\n"]}, "a key is empty, over 512"),
+        ({"keys": ["a", "\x1b[2J"]}, "a key is empty, over 512"),
+        ({"keys": ["a", "\ud800"]}, "a key is empty, over 512"),
+        ({"keys": ["a", "b" * 513]}, "a key is empty, over 512"),
+        ({"skipped": [{"key": "a", "reason": "b" * 1025}]}, "key or reason too long"),
+        ({"skipped": [{"key": "a"}]}, "skipped: missing key 'reason'"),
         ({"boat": 1}, "unknown key 'boat'"),
         ({"tar": {"name": "a"}}, "tar: missing key 'size'"),
     ],
@@ -73,7 +140,7 @@ def test_a_record_that_cannot_be_is_refused(
     tmp_path: Path, values: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DamagedError, match=r"ref-000000\.json: not a record of format 1") as error:
-        load(tmp_path, {**values, **change})
+        load(tmp_path, seal({**values, **change}))
 
     assert message in str(error.value)
 
@@ -82,7 +149,117 @@ def test_a_record_in_the_place_of_another_is_refused(
     tmp_path: Path, values: dict[str, Any]
 ) -> None:
     with pytest.raises(DamagedError, match="is the record of shard 'ref-000000'"):
-        load(tmp_path, values, name="ref-000001")
+        load(tmp_path, seal(values), name="ref-000001")
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ("teacher", "hidden_size"), ("teacher", "attention_heads"), ("teacher", "weights_sha256"),
+        ("tokenizer", "vocab_size"), ("tokenizer", "vocab_sha256"), ("numerics", "dtype"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("wrong", [None, [], {}, 1.5])
+def test_what_the_tools_look_up_in_an_identity_is_there_and_of_its_type(
+    tmp_path: Path, values: dict[str, Any], section: str, field: str, wrong: object
+) -> None:
+    values["identity"][section][field] = wrong
+
+    with pytest.raises(DamagedError, match=rf"identity: {section}\.{field} is"):
+        load(tmp_path, seal(values))
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (nested(8), "over 8 levels"),
+        (nested(900), "over 8 levels"),
+        (list(range(10_001)), "over 10000 values"),
+        ("a" * 10_001, "a text of 10001 characters"),
+        ({"a" * 10_001: 1}, "a text of 10001 characters"),
+        (2**63, "holds the number"),
+        (1e400, "Infinity is no JSON"),
+    ],
+)
+def test_an_identity_is_neither_deep_nor_long(
+    tmp_path: Path, values: dict[str, Any], more: object, message: str
+) -> None:
+    values["identity"]["more"] = more
+
+    with pytest.raises(DamagedError, match=message):
+        load(tmp_path, seal(values))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a":1,"a":1}', "a key stands twice in an object"),
+        ("[" * 200_001, "200001 lists and objects, at most 200000"),
+        ('{"a":' + "[" * 100_000, "recursion"),
+        ('{"format":1e999}', "missing key"),
+        ('{"format":' + "9" * 5000 + "}", "4300 digits"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_json_that_would_hurt_is_refused_before_it_is_used(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    rest = content[1:]
+    head = f'{{"sha256":"{hashlib.sha256(rest.encode()).hexdigest()}",'
+
+    with pytest.raises(DamagedError, match=message):
+        load(tmp_path, head + rest)
+
+
+def test_a_large_record_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "records" / "a.json"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+
+    with pytest.raises(DamagedError, match=f"is {MAX_BYTES + 1} bytes, expected at most"):
+        ShardRecord.load(path)
+
+
+def test_a_record_that_no_reader_would_take_is_not_written(cache_path: Path) -> None:
+    found = record(cache_path, "ref-000000")
+    many = tuple(Skipped(key=f"{n:0100d}", reason="é" * 100) for n in range(30_000))
+
+    with pytest.raises(CacheError, match="put fewer samples into a tar"):
+        dataclasses.replace(found, skipped=many).to_json()
+
+
+@pytest.mark.parametrize("name", [".hidden.json", "a.json.0123abcd.partial", "notes.txt", "-.json"])
+def test_what_lies_beside_the_records_does_not_matter(
+    cache_path: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(cache_path, tmp_path / "cache")
+    (tmp_path / "cache" / "records" / name).write_text("{half")
+
+    assert list(read_records(tmp_path / "cache")) == ["ref-000000", "ref-000001"]
+
+
+def test_a_plan_is_named_by_its_digest_and_every_flip_is_found(tmp_path: Path) -> None:
+    file, content = plan_file(["b", "a"])
+    (tmp_path / "plans").mkdir()
+    path = tmp_path / file
+    path.write_bytes(content)
+    assert plan_names(tmp_path) == [file]
+    assert read_plan(tmp_path, file) == ("a", "b")
+
+    for position in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(DamagedError, match=r"not a plan .* it may be deleted"):
+            read_plan(tmp_path, file)
 
 
 def test_a_folder_without_records_holds_none(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""What differs between two caches, from their records alone."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import CacheError
+from shared.record import ShardRecord, differences, read_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardDiff:
+    """How one shard differs."""
+
+    tar: dict[str, tuple[Any, Any]]
+    "Name, size or sha256 of the input tar -> value in A, value in B."
+    keys_only_in_a: tuple[str, ...]
+    "Samples."
+    keys_only_in_b: tuple[str, ...]
+    "Samples."
+    skipped: dict[str, tuple[str | None, str | None]]
+    "Key -> reason in A, reason in B; None where it is not skipped."
+    arrays: dict[str, tuple[str | None, str | None]]
+    "Array -> digest in A, digest in B; None where there is none."
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheDiff:
+    """How two caches differ; all empty if they hold the same."""
+
+    identity: dict[str, tuple[Any, Any]]
+    "Dotted path -> value in A, value in B."
+    shards_only_in_a: tuple[str, ...]
+    "Names."
+    shards_only_in_b: tuple[str, ...]
+    "Names."
+    shards: dict[str, ShardDiff]
+    "Of the shards in both, those that differ."
+    equal: int
+    "Shards that are in both and equal in every byte."
+
+    def __bool__(self) -> bool:
+        return bool(self.identity or self.shards_only_in_a or self.shards_only_in_b or self.shards)
+
+
+def diff_caches(a: Path, b: Path) -> CacheDiff:
+    """Compare two caches by their records.
+
+    Raises:
+        CacheError: one of them is no cache.
+        DamagedError: a record is damaged.
+    """
+    ours, theirs = _read(a), _read(b)
+    both = [name for name in ours if name in theirs]
+    shards = {name: _diff_shard(ours[name], theirs[name]) for name in both}
+    return CacheDiff(
+        identity=_pairs(_identity(ours), _identity(theirs)),
+        shards_only_in_a=tuple(name for name in ours if name not in theirs),
+        shards_only_in_b=tuple(name for name in theirs if name not in ours),
+        shards={name: found for name, found in shards.items() if found},
+        equal=sum(not found for found in shards.values()),
+    )
+
+
+def array_digests(record: ShardRecord) -> dict[str, str]:
+    """Array -> sha256 over names and digests of its files."""
+    digests: dict[str, Any] = {}
+    for file in sorted(record.files):
+        array = file.partition("/")[0] if "/" in file else ""
+        digest = digests.setdefault(array, hashlib.sha256())
+        digest.update(f"{file} {record.files[file].sha256}\n".encode())
+    return {array or "group": digest.hexdigest() for array, digest in digests.items()}
+
+
+def _read(root: Path) -> dict[str, ShardRecord]:
+    records = read_records(root)
+    if not records:
+        raise CacheError(f"{root}: no cache here (no records/*.json)")
+    return records
+
+
+def _identity(records: Mapping[str, ShardRecord]) -> dict[str, Any]:
+    return next(iter(records.values())).identity
+
+
+def _diff_shard(ours: ShardRecord, theirs: ShardRecord) -> ShardDiff:
+    a, b = set(ours.keys), set(theirs.keys)
+    skips = [{s.key: s.reason for s in record.skipped} for record in (ours, theirs)]
+    return ShardDiff(
+        tar=_pairs(vars(ours.tar), vars(theirs.tar)),
+        keys_only_in_a=tuple(key for key in ours.keys if key not in b),
+        keys_only_in_b=tuple(key for key in theirs.keys if key not in a),
+        skipped=_pairs(*skips),
+        arrays=_pairs(array_digests(ours), array_digests(theirs)),
+    )
+
+
+def _pairs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {path: (one, other) for path, one, other in differences(ours, theirs)}

@@ -1,0 +1,234 @@
+"""The commands of `cache-tools` that look after caches: verify, repair, gc, diff.
+
+Imports are inside the commands, so that `--help` needs neither torch nor zarr.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shared.console import Command, bytes_text, printable_lines
+from shared.errors import DamagedError
+
+if TYPE_CHECKING:
+    from cache_builder.diff import CacheDiff, ShardDiff
+    from cache_builder.gc import Leftover
+    from cache_builder.verify import Report
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+_WORKERS = click.option(
+    "--workers", default=min(8, os.cpu_count() or 1), show_default="CPUs, at most 8",
+    type=click.IntRange(min=1), help="Shards checked at the same time.",
+)  # fmt: skip
+_DECODE = click.option(
+    "--decode", is_flag=True,
+    help="Also read every sample: finite values, probabilities up to 1, ids of the vocabulary.",
+)  # fmt: skip
+
+
+@click.command(cls=Command)
+@click.argument("cache", type=_FOLDER)
+@_WORKERS
+@_DECODE
+@_JSON
+def verify(cache: Path, workers: int, decode: bool, as_json: bool) -> None:
+    """Compare every byte of CACHE with its records.
+
+    Names all that is missing, changed, or there in excess, and ends with 1 if there is any.
+    """
+    from cache_builder.verify import verify_cache
+
+    report = verify_cache(cache, workers=workers, decode=decode)
+    if as_json:
+        values = {**dataclasses.asdict(report), "bad_shards": report.bad_shards}
+        click.echo(json.dumps(values, indent=1))
+    else:
+        click.echo(printable_lines(_report_lines(cache, report)))
+    if report.problems:
+        raise DamagedError(_verdict(cache, report))
+
+
+@click.command(cls=Command)
+@click.argument("cache", type=_FOLDER)
+@_WORKERS
+@_DECODE
+@click.option("--teacher", help="Rebuild with this teacher, folder or hub id; needs --data.")
+@click.option("--vision-tower", help="CLIP folder or hub id.  [default: the teacher's config says]")
+@click.option("--data", multiple=True, help="Tars to rebuild from, as for build-cache. Repeatable.")
+@click.option("--device", help="For the rebuild.  [default: cuda if there is one]")
+def repair(
+    cache: Path, workers: int, decode: bool, teacher: str | None, vision_tower: str | None,
+    data: tuple[str, ...], device: str | None,
+) -> None:  # fmt: skip
+    """Take damaged shards out of CACHE and say which tars to build again.
+
+    With --teacher and --data they are built again at once, with the spec and number format of the
+    cache. Shards that are whole but do not belong together are named and left.
+    """
+    from cache_builder.repair import take_out
+
+    if bool(teacher) != bool(data):
+        raise click.UsageError("--teacher and --data go together")
+    rebuild = _Rebuild(cache, teacher, vision_tower, data, device) if teacher else None
+    done = take_out(cache, workers=workers, decode=decode)
+    left = [problem for problem in done.report.problems if problem.kind == "cache"]
+    lines = [f"{problem}" for problem in done.report.problems if problem.kind != "cache"]
+    lines.append(
+        f"{cache}: {len(done.tars)} shards taken out"
+        + (f"; build again: {' '.join(done.tars)}" if done.tars else "")
+    )
+    click.echo(printable_lines(lines))
+    if rebuild is not None and done.tars:
+        click.echo(printable_lines([rebuild.run(done.tars)]))
+    if left:
+        raise DamagedError(
+            f"{cache}: {len(left)} problems are left that taking shards out does not solve, the "
+            f"first: {left[0]}"
+        )
+
+
+@click.command(cls=Command)
+@click.argument("cache", type=_FOLDER)
+@click.option(
+    "--older-than", default=24.0, show_default=True, type=click.FloatRange(min=0), metavar="HOURS",
+    help="Spare what changed within so many hours: a build that runs now may be writing it. Less "
+    "is safe if you know that none does.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@_JSON
+def gc(cache: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
+    """Delete what killed builds left in CACHE.
+
+    Data folders that no record names and half-written files; readers never look at them. Links and
+    anything that a build does not make are left alone.
+    """
+    from cache_builder.gc import as_values, sweep
+
+    old, young = sweep(cache, older_than=3600 * older_than, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps({"deleted": as_values(old), "spared": as_values(young)}, indent=1))
+        return
+    verb = "would delete" if dry_run else "deleted"
+    lines = [*_leftover_lines(verb, old), *_leftover_lines("spared", young)]
+    spared = f", {len(young)} spared: younger than {older_than:g} hours" if young else ""
+    size = bytes_text(sum(leftover.size for leftover in old))
+    click.echo(printable_lines([*lines, f"{cache}: {verb} {len(old)} leftovers, {size}{spared}"]))
+
+
+@click.command(cls=Command)
+@click.argument("a", type=_FOLDER)
+@click.argument("b", type=_FOLDER)
+@_JSON
+def diff(a: Path, b: Path, as_json: bool) -> None:
+    """Say what differs between the caches A and B.
+
+    Compares records: identity, shards, samples, digests of arrays. Ends with 1 if anything differs.
+    """
+    from cache_builder.diff import diff_caches
+
+    found = diff_caches(a, b)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        click.echo(printable_lines(_diff_lines(found)))
+    if found:
+        click.get_current_context().exit(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rebuild:
+    """A build of some tars into a cache, as it was built before."""
+
+    cache: Path
+    "The cache; its spec is read before anything is deleted."
+    teacher: str
+    "Folder or hub id."
+    vision_tower: str | None
+    "Folder or hub id."
+    data: tuple[str, ...]
+    "Patterns of tars."
+    device: str | None
+    "For the teacher."
+    _facts: Any = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        from cache_builder.repair import spec_to_rebuild
+        from shared.samples import expand_tars
+
+        object.__setattr__(self, "_facts", (*spec_to_rebuild(self.cache), expand_tars(self.data)))
+
+    def run(self, wanted: Sequence[str]) -> str:
+        """Build the tars of these names; what was done, in a line."""
+        from cache_builder.build import build_cache
+        from cache_builder.repair import choose_tars
+        from cache_builder.setup import load_builder
+
+        spec, dtype, tars = self._facts
+        chosen = choose_tars(wanted, tars)
+        builder = load_builder(
+            spec, self.teacher, vision_tower=self.vision_tower, device=self.device, dtype=dtype,
+            batch_size=16,
+        )  # fmt: skip
+        report = build_cache(builder, chosen, self.cache)
+        return f"{self.cache}: {report.built} shards built again, {report.samples} samples"
+
+
+def _report_lines(cache: Path, report: "Report") -> Iterator[str]:
+    yield from map(str, report.problems)
+    decoded = f", {report.samples} samples decoded" if report.samples else ""
+    yield (
+        f"{cache}: {report.shards} shards, {report.files} files, {bytes_text(report.size)}{decoded}"
+        f": {f'{len(report.problems)} problems' if report.problems else 'all good'}"
+    )
+    if report.pending:
+        yield f"{report.pending} planned shards are not built yet (cache-tools info {cache})"
+    if report.leftovers:
+        yield f"{report.leftovers} leftovers that no record names (cache-tools gc {cache})"
+
+
+def _verdict(cache: Path, report: "Report") -> str:
+    bad = report.bad_shards
+    shown = f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}"
+    shards = f"{len(bad)} of {report.shards} shards are damaged: {shown}; " if bad else ""
+    others = [problem for problem in report.problems if problem.kind != "shard"]
+    other = f"{len(others)} problems besides, the first: {others[0]}; " if others else ""
+    advice = f"cache-tools repair {cache} takes out what is damaged and says what to build again"
+    return f"{cache}: {shards}{other}{advice}"
+
+
+def _leftover_lines(verb: str, leftovers: "Sequence[Leftover]") -> Iterator[str]:
+    for leftover in leftovers:
+        hours = leftover.age / 3600
+        yield f"{verb} {leftover.path}  {bytes_text(leftover.size)}, {hours:.1f} hours old"
+
+
+def _diff_lines(found: "CacheDiff") -> Iterator[str]:
+    for path, (ours, theirs) in found.identity.items():
+        yield f"identity  {path}: {json.dumps(ours)} in A, {json.dumps(theirs)} in B"
+    for side, names in (("A", found.shards_only_in_a), ("B", found.shards_only_in_b)):
+        yield from (f"shard     {name}: only in {side}" for name in names)
+    for name, shard in found.shards.items():
+        yield from (f"shard     {name}: {line}" for line in _shard_lines(shard))
+    yield f"{found.equal} shards are equal, {len(found.shards)} differ"
+
+
+def _shard_lines(shard: "ShardDiff") -> Iterator[str]:
+    for field, (ours, theirs) in shard.tar.items():
+        yield f"tar {field}: {ours} in A, {theirs} in B"
+    for side, keys in (("A", shard.keys_only_in_a), ("B", shard.keys_only_in_b)):
+        if keys:
+            yield f"{len(keys)} samples only in {side}: {', '.join(keys[:3])}"
+    if shard.skipped:
+        yield f"{len(shard.skipped)} samples skipped otherwise: {', '.join([*shard.skipped][:3])}"
+    for array, (ours, theirs) in shard.arrays.items():
+        yield f"{array}: {_short(ours)} in A, {_short(theirs)} in B"
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest[:12]

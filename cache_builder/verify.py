@@ -1,0 +1,233 @@
+"""Comparing a cache with what its records say of it: every file, and on request every value."""
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from cache_builder.gc import find_leftovers
+from cache_builder.values import wrong_value
+from shared.cache import Cache, open_cache
+from shared.errors import CacheError, DamagedError, MismatchError
+from shared.inside import Entry, open_inside, walk_inside
+from shared.plan import plan_names, read_plan
+from shared.record import RECORDS, ShardRecord, differences, record_names
+from shared.strict import shown
+
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong."""
+
+    kind: Literal["shard", "plan", "cache"]
+    "What it spoils: a shard, which can be rebuilt; a plan, which nothing needs; the whole."
+    place: str
+    "The shard's name, or the plan's file."
+    file: str
+    "The file, relative to the shard's data folder or to the cache; empty if it is none in itself."
+    what: str
+    "What was found and what was expected."
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.place, self.file, self.what) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a check found."""
+
+    shards: int
+    "Records."
+    files: int
+    "Files that the records name."
+    size: int
+    "Their bytes."
+    samples: int
+    "Samples that were read value by value; 0 if that was not asked for."
+    problems: tuple[Problem, ...]
+    "All that is wrong; empty if nothing is."
+    leftovers: int | None
+    "Things that no record names; None if a damaged record leaves that open."
+    pending: int
+    "Planned shards that are not committed."
+
+    @property
+    def bad_shards(self) -> list[str]:
+        """Shards that have to be rebuilt."""
+        return sorted({problem.place for problem in self.problems if problem.kind == "shard"})
+
+
+def verify_cache(root: Path, *, workers: int, decode: bool) -> Report:
+    """Check records, plans and every byte of every shard.
+
+    Args:
+        workers: files read at the same time.
+        decode: also read every sample through the reading API and check its values.
+
+    Raises:
+        CacheError: no cache here, or it cannot be read.
+        DamagedError: a folder of the cache itself is a link.
+    """
+    records, problems = _load_records(root)
+    planned, bad_plans = _load_plans(root)
+    if not records and not problems and not planned and not bad_plans:
+        raise CacheError(f"{root}: no cache here (neither records nor plans)")
+    problems += bad_plans
+    problems += _misfits(records)
+    problems += _check_files(root, records.values(), workers)
+    samples = 0
+    if decode and records:
+        samples, wrong = _check_values(root, records, problems, workers)
+        problems += wrong
+    return Report(
+        shards=len(records),
+        files=sum(len(record.files) for record in records.values()),
+        size=_size(records.values()),
+        samples=samples,
+        problems=tuple(problems),
+        leftovers=_count_leftovers(root),
+        pending=len(planned - set(record_names(root))),
+    )
+
+
+def _load_records(root: Path) -> tuple[dict[str, ShardRecord], list[Problem]]:
+    records, problems = {}, []
+    for name in record_names(root):
+        try:
+            records[name] = ShardRecord.load(root / RECORDS / f"{name}.json")
+        except MismatchError as error:  # of another version: whole, for all that is known
+            problems.append(Problem(kind="cache", place=name, file="", what=str(error)))
+        except CacheError as error:
+            problems.append(Problem(kind="shard", place=name, file="", what=str(error)))
+    return records, problems
+
+
+def _load_plans(root: Path) -> tuple[set[str], list[Problem]]:
+    planned: set[str] = set()
+    problems = []
+    for file in plan_names(root):
+        try:
+            planned |= set(read_plan(root, file))
+        except CacheError as error:
+            problems.append(Problem(kind="plan", place=file, file="", what=str(error)))
+    return planned, problems
+
+
+def _misfits(records: Mapping[str, ShardRecord]) -> Iterator[Problem]:
+    """Shards that are whole but do not belong together."""
+    first = next(iter(records.values()), None)
+    owners: dict[str, str] = {}
+    for name, record in records.items():
+        assert first is not None
+        for path, ours, theirs in differences(record.identity, first.identity):
+            what = f"identity: {path} is {shown(ours)}, in shard {first.name} {shown(theirs)}"
+            yield Problem(kind="cache", place=name, file="", what=what)
+        twins = [key for key in record.keys if owners.setdefault(key, name) != name]
+        if twins:
+            what = f"{len(twins)} samples stand in shard {owners[twins[0]]} too: {shown(twins[0])}"
+            yield Problem(kind="cache", place=name, file="", what=what)
+
+
+def _check_files(root: Path, records: Collection[ShardRecord], workers: int) -> Iterator[Problem]:
+    with (
+        tqdm(total=_size(records), unit="B", unit_scale=True, desc="verify") as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for found in pool.map(lambda record: _check_shard(root, record, bar.update), records):
+            yield from found
+
+
+def _check_shard(root: Path, record: ShardRecord, advance: Advance) -> list[Problem]:
+    try:
+        there = dict(walk_inside(root, record.data))
+    except (DamagedError, OSError) as error:
+        return [Problem(kind="shard", place=record.name, file="", what=str(error))]
+    problems = []
+    for file in sorted({*there, *record.files}):
+        what = _check_file(root, record, file, there.get(file), advance)
+        if what is not None:
+            problems.append(Problem(kind="shard", place=record.name, file=file, what=what))
+    return problems
+
+
+def _check_file(
+    root: Path, record: ShardRecord, file: str, there: Entry | None, advance: Advance
+) -> str | None:
+    stored = record.files.get(file)
+    if stored is None:
+        assert there is not None
+        return f"is a {there.kind} that the record does not name"
+    if there is None:
+        return f"is missing, expected {stored.size} bytes"
+    if there.kind != "file":
+        return f"is a {there.kind}, expected a file of {stored.size} bytes"
+    if there.size != stored.size:
+        return f"is {there.size} bytes, expected {stored.size}"
+    try:
+        found = _sha256(root, f"{record.data}/{file}", advance)
+    except (OSError, DamagedError) as error:
+        return f"cannot be read ({error})"
+    if found != stored.sha256:
+        return f"has sha256 {found[:12]}, expected {stored.sha256[:12]}"
+    return None
+
+
+def _sha256(root: Path, path: str, advance: Advance) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(2**20)
+    view = memoryview(buffer)
+    with os.fdopen(open_inside(root, path), "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(view[:size])
+            advance(size)
+    return digest.hexdigest()
+
+
+def _check_values(
+    root: Path, records: Mapping[str, ShardRecord], known: Sequence[Problem], workers: int
+) -> tuple[int, list[Problem]]:
+    bad = {problem.place for problem in known if problem.kind != "plan"}
+    if not bad <= set(records) or any(problem.kind == "cache" for problem in known):
+        return 0, []  # it cannot be opened as a whole; why is among the problems already
+    cache = open_cache(root)
+    whole = [record for name, record in records.items() if name not in bad]
+    problems: list[Problem] = []
+    total = sum(len(record.keys) for record in whole)
+    with (
+        tqdm(total=total, unit="sample", desc="decode") as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for found in pool.map(lambda record: _check_samples(cache, record, bar.update), whole):
+            problems += found
+    return total, problems
+
+
+def _check_samples(cache: Cache, record: ShardRecord, advance: Advance) -> list[Problem]:
+    problems = []
+    for key, length in zip(record.keys, record.lengths, strict=True):
+        try:
+            what = wrong_value(cache.read(key), cache.spec, cache.identity["teacher"], length)
+        except DamagedError as error:
+            what = str(error)
+        if what is not None:
+            what = f"sample {shown(key)}: {what}"
+            problems.append(Problem(kind="shard", place=record.name, file="", what=what))
+        advance(1)
+    return problems
+
+
+def _count_leftovers(root: Path) -> int | None:
+    try:
+        return len(find_leftovers(root))
+    except CacheError:
+        return None
+
+
+def _size(records: Collection[ShardRecord]) -> int:
+    return sum(stored.size for record in records for stored in record.files.values())

@@ -1,0 +1,107 @@
+"""What the values of a record may be, so that whoever uses them need not ask again.
+
+Every function raises ValueError with what was found and what was expected.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from shared.strict import shown
+
+IDENTITY = ("spec", "teacher", "tokenizer", "image_processor", "numerics")
+"Sections of an identity."
+MAX_SAMPLES = 100_000
+"Most samples of a tar, stored and skipped ones each."
+MAX_TEXT = 512
+"Longest sample key; a skip reason may be twice as long."
+_MAX_FILES, _MAX_LEAVES, _MAX_DEPTH, _MAX_STRING = 10_000, 10_000, 8, 10_000
+_INT64 = 2**63 - 1
+_PART = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
+_FILE_NAME = re.compile(rf"{_PART}(/{_PART}){{0,7}}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHOWN: dict[str, dict[str, type]] = {
+    "teacher": {"hidden_size": int, "attention_heads": int, "weights_sha256": str},
+    "tokenizer": {"vocab_size": int, "vocab_sha256": str},
+    "numerics": {"dtype": str},
+}
+"What the tools and train-student look up in an identity besides its spec."
+
+
+def check_file(size: int, sha256: str) -> None:
+    """What is said of one file."""
+    if not 0 <= size <= _INT64:
+        raise ValueError(f"size {shown(size)}, expected 0 to 2^63 - 1")
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"sha256 {shown(sha256)}, expected 64 hexadecimal digits")
+
+
+def check_identity(identity: Mapping[str, Any]) -> None:
+    """All sections, what is looked up in them, and nothing deep or long besides."""
+    for section in IDENTITY:
+        if not isinstance(identity.get(section), dict):
+            raise ValueError(f"identity has no {section}")  # noqa: TRY004  (one error for all)
+    _check_extent(identity)
+    for section, fields in _SHOWN.items():
+        for field, kind in fields.items():
+            value = identity[section].get(field)
+            if type(value) is not kind:
+                raise ValueError(
+                    f"identity: {section}.{field} is {shown(value)}, expected {kind.__name__}"
+                )
+
+
+def _check_extent(identity: Mapping[str, Any]) -> None:
+    """Walked without recursion: what is compared and printed later is neither deep nor long."""
+    pending: list[tuple[int, Any]] = [(0, identity)]
+    seen = 0
+    while pending:
+        depth, value = pending.pop()
+        seen += 1
+        if depth > _MAX_DEPTH or seen > _MAX_LEAVES:
+            raise ValueError(f"identity has over {_MAX_DEPTH} levels or over {_MAX_LEAVES} values")
+        if isinstance(value, dict):
+            pending += [(depth + 1, item) for pair in value.items() for item in pair]
+        elif isinstance(value, list):
+            pending += [(depth + 1, item) for item in value]
+        elif isinstance(value, str) and len(value) > _MAX_STRING:
+            raise ValueError(f"identity holds a text of {len(value)} characters")
+        elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= _INT64):
+            raise ValueError(f"identity holds the number {shown(value)}")
+
+
+def check_samples(keys: Sequence[str], lengths: Sequence[int], images: Sequence[int]) -> None:
+    """Keys that differ and can be printed, positive lengths, images that are there."""
+    if not len(keys) == len(lengths) == len(images):
+        raise ValueError("keys, lengths and images differ in number")
+    if len(keys) > MAX_SAMPLES:
+        raise ValueError(f"{len(keys)} samples, at most {MAX_SAMPLES}")
+    if not keys:
+        return
+    if len(set(keys)) != len(keys):
+        raise ValueError("a key stands twice")
+    if max(map(len, keys)) > MAX_TEXT or not all(map(str.isprintable, keys)) or "" in keys:
+        raise ValueError(f"a key is empty, over {MAX_TEXT} characters, or cannot be printed")
+    if not 1 <= min(lengths) <= max(lengths) < 2**31:
+        raise ValueError(f"lengths {min(lengths)} to {max(lengths)}, expected 1 to 2^31 - 1")
+    if not -1 <= min(images) <= max(images) < len(keys):
+        raise ValueError(f"images {min(images)} to {max(images)}, expected -1 to {len(keys) - 1}")
+
+
+def check_skipped(skipped: Sequence[tuple[str, str]]) -> None:
+    """Keys and reasons; neither need be a key that could be stored."""
+    if len(skipped) > MAX_SAMPLES:
+        raise ValueError(f"{len(skipped)} skipped samples, at most {MAX_SAMPLES}")
+    for key, reason in skipped:
+        if len(key) > 2 * MAX_TEXT or len(reason) > 2 * MAX_TEXT:
+            raise ValueError(f"skipped {shown(key)}: key or reason too long")
+
+
+def check_files(files: Collection[str]) -> None:
+    """Paths below a shard's data folder: no way out of it, no hidden name."""
+    if len(files) > _MAX_FILES:
+        raise ValueError(f"{len(files)} files, at most {_MAX_FILES}")
+    for file in files:
+        if not _FILE_NAME.fullmatch(file):
+            raise ValueError(f"path {shown(file)} leaves the shard or has odd characters")

@@ -1,0 +1,144 @@
+"""Opening what lies in a cache's folder, and nothing else.
+
+A cache may come from a stranger. Each part of a path is opened from the folder before it and never
+through a symbolic link, so nothing outside the cache is reached, also not by someone who swaps a
+folder for a link meanwhile. Only the cache's own folder, which its user names, may be a link.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from shared.errors import DamagedError
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# Without waiting: opening a named pipe would otherwise last for ever.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """What stands in a folder, asked without following links."""
+
+    name: str
+    "Without folder."
+    kind: Literal["file", "folder", "link", "special file"]
+    "What it is."
+    size: int
+    "Bytes."
+    changed: float
+    "When its content last changed, seconds since 1970."
+
+
+def open_inside(root: Path, path: str) -> int:
+    """A descriptor, for reading, of the regular file `root/path`; the caller closes it.
+
+    Raises:
+        DamagedError: a part of `path` is a link, or the file is a pipe, device or folder.
+        OSError: it is not there or cannot be read.
+    """
+    parts = PurePosixPath(path)
+    with _open_folder(root, parts.parent) as folder:
+        try:
+            descriptor = os.open(parts.name, _FILE, dir_fd=folder)
+        except OSError as error:
+            raise _explained(error, root, parts) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedError(f"{root / path}: is a folder, pipe or device, expected a file")
+    return descriptor
+
+
+def read_inside(root: Path, path: str, most: int) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        DamagedError: as `open_inside`, or it is larger than `most` bytes.
+        OSError: it is not there or cannot be read.
+    """
+    with os.fdopen(open_inside(root, path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise DamagedError(f"{root / path}: is {size} bytes, expected at most {most}")
+        return file.read(most)
+
+
+def list_inside(root: Path, path: str) -> list[Entry]:
+    """What stands in the folder `root/path`, by name; nothing if there is no such folder.
+
+    Raises:
+        DamagedError: a part of `path` is a link or no folder.
+        OSError: it cannot be read.
+    """
+    try:
+        with _open_folder(root, PurePosixPath(path)) as folder, os.scandir(folder) as found:
+            return sorted(map(_entry, found), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
+
+
+def walk_inside(root: Path, path: str) -> Iterator[tuple[str, Entry]]:
+    """(path relative to `root/path`, entry) of everything below a folder, but for the folders.
+
+    Raises:
+        DamagedError: the folder itself is a link or no folder, or folders lie 16 deep.
+        OSError: it cannot be read.
+    """
+    pending = [PurePosixPath()]
+    while pending:
+        folder = pending.pop()
+        if len(folder.parts) > 16:
+            raise DamagedError(f"{root / path / folder}: lies too deep for a shard")
+        for entry in list_inside(root, str(PurePosixPath(path) / folder)):
+            if entry.kind == "folder":
+                pending.append(folder / entry.name)
+            else:
+                yield str(folder / entry.name), entry
+
+
+@contextmanager
+def _open_folder(root: Path, path: PurePosixPath) -> Iterator[int]:
+    folder = os.open(root, _FOLDER)
+    try:
+        for part in path.parts:
+            if part in ("/", ".."):
+                raise DamagedError(f"{root}: path {str(path)!r} leaves the cache")
+            try:
+                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+            except OSError as error:
+                raise _explained(error, root, path) from error
+            os.close(folder)
+            folder = inner
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _entry(found: "os.DirEntry[str]") -> Entry:
+    facts = found.stat(follow_symlinks=False)
+    kind: Literal["file", "folder", "link", "special file"] = "special file"
+    if stat.S_ISREG(facts.st_mode):
+        kind = "file"
+    elif stat.S_ISDIR(facts.st_mode):
+        kind = "folder"
+    elif stat.S_ISLNK(facts.st_mode):
+        kind = "link"
+    return Entry(name=found.name, kind=kind, size=facts.st_size, changed=facts.st_mtime)
+
+
+def _explained(error: OSError, root: Path, path: PurePosixPath) -> Exception:
+    # Of a link, opening a file says ELOOP and opening a folder ENOTDIR; of a socket ENXIO.
+    if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+        return error
+    for part in (*reversed(path.parents), path):
+        if (root / part).is_symlink() and part != PurePosixPath():
+            return DamagedError(
+                f"{root / part}: is a symbolic link; a cache holds none (cp -rL makes a copy "
+                "without links)"
+            )
+    return DamagedError(f"{root / path}: is not made of files and folders ({error.strerror})")

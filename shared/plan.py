@@ -1,0 +1,73 @@
+"""Plans: small JSON files that say which shards a build set out to make.
+
+They are for people, who want to know how far a build is; no reader of samples needs them. A plan's
+name is the digest of its content.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import CacheError, ConfigError, DamagedError
+from shared.inside import list_inside, read_inside
+from shared.record import NAME
+from shared.sealed import MAX_BYTES, parse_json
+from shared.strict import build
+
+PLANS = "plans"
+"Their folder in a cache."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    shards: tuple[str, ...]
+    "Names of the shards, sorted."
+
+    def __post_init__(self) -> None:
+        if not all(map(NAME.fullmatch, self.shards)):
+            raise ValueError("a name in it is no shard's")
+
+
+def plan_names(root: Path) -> list[str]:
+    """Files of the plans, relative to the cache.
+
+    Raises:
+        DamagedError: the folder of the plans is a link.
+        CacheError: it cannot be read.
+    """
+    try:
+        names = [entry.name for entry in list_inside(root, PLANS)]
+    except OSError as error:
+        raise CacheError(f"{root}: cannot be read ({error.strerror})") from error
+    return [f"{PLANS}/{name}" for name in names if re.fullmatch(r"[^.].*\.json", name)]
+
+
+def plan_file(shards: Sequence[str]) -> tuple[str, bytes]:
+    """Path in the cache and content of the plan to build `shards`; its name is its digest."""
+    content = json.dumps({"shards": sorted(shards)}, separators=(",", ":")).encode()
+    return f"{PLANS}/{hashlib.sha256(content).hexdigest()[:16]}.json", content
+
+
+def read_plan(root: Path, file: str) -> tuple[str, ...]:
+    """The shards that a build set out to make.
+
+    Raises:
+        DamagedError: not a plan, or not as it was written.
+        CacheError: it cannot be read.
+    """
+    try:
+        content = read_inside(root, file, MAX_BYTES)
+    except OSError as error:
+        raise CacheError(f"{root / file}: cannot be read ({error.strerror})") from error
+    try:
+        plan = build(_Plan, parse_json(content), where="plan")
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise DamagedError(f"{root / file}: not a plan ({error}); it may be deleted") from error
+    if plan_file(plan.shards) != (file, content):
+        raise DamagedError(
+            f"{root / file}: not a plan (its name is not its digest); it may be deleted"
+        )
+    return plan.shards

@@ -1,0 +1,79 @@
+"""JSON files that carry the digest of their own content, read with bounds.
+
+The digest stands in front and covers every byte behind it, so that anyone can check it without
+knowing how numbers or keys are written: `tail -c +78 RECORD | sha256sum`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.errors import MismatchError
+
+MAX_BYTES = 16 * 2**20
+"Largest record or plan. Reading one takes at most about twenty times as much memory."
+_MAX_CONTAINERS = 200_000
+"Lists and objects in one file."
+_HEAD = re.compile(rb'\{"sha256":"([0-9a-f]{64})",')
+
+
+def seal(values: Mapping[str, Any]) -> str:
+    """JSON that begins with the sha256 of all that follows that digest."""
+    rest = json.dumps(values, ensure_ascii=True, separators=(",", ":"))[1:]
+    return f'{{"sha256":"{hashlib.sha256(rest.encode()).hexdigest()}",{rest}'
+
+
+def unseal(path: Path, content: bytes) -> dict[str, Any]:
+    """The values of a record file.
+
+    Args:
+        path: named in the message of a MismatchError.
+
+    Raises:
+        ValueError: not as it was written.
+        RecursionError: nested too deep.
+        MismatchError: a record of a draft that had no digest in front.
+    """
+    head = _HEAD.match(content)
+    if head is None:
+        if content.startswith(b'{"format":'):
+            raise MismatchError(
+                f"{path}: a record without its own sha256 there, one that begins with it here; it "
+                "is of an older draft of format 1: build the cache again"
+            )
+        raise ValueError("does not begin with its sha256")
+    found = hashlib.sha256(content[head.end() :]).hexdigest()
+    if found != head[1].decode():
+        raise ValueError(f"has sha256 {found[:12]}, but says {head[1].decode()[:12]}")
+    values = parse_json(b"{" + content[head.end() :])
+    if not isinstance(values, dict):
+        raise ValueError("not an object")  # noqa: TRY004  (one error for all)
+    return values
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON of a stranger: no key twice, no NaN, no more lists and objects than a record needs.
+
+    Raises:
+        ValueError: not such JSON.
+        RecursionError: nested too deep.
+    """
+    # Counted before parsing: an empty list takes 2 bytes of text and 60 of memory.
+    containers = content.count(b"[") + content.count(b"{")
+    if containers > _MAX_CONTAINERS:
+        raise ValueError(f"{containers} lists and objects, at most {_MAX_CONTAINERS}")
+    return json.loads(content, object_pairs_hook=_distinct, parse_constant=_no_constant)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return values
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")

@@ -1,0 +1,582 @@
+"""verify, repair, gc and diff: what is wrong is found and named, and nothing else is touched."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache_builder.cli import cache_tools
+from cache_builder.values import wrong_value
+from shared.cache import Cache, open_cache
+from shared.plan import plan_file
+from tests.support import (
+    CLIP,
+    FULL,
+    TEACHER,
+    build,
+    edit_record,
+    error_line,
+    invoke,
+    record,
+    stored_digests,
+    teacher_copy,
+)
+
+BAD = "ref-000001"
+
+
+@pytest.fixture
+def root(cache_path: Path, tmp_path: Path) -> Path:
+    """A copy of the reference cache."""
+    shutil.copytree(cache_path, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def data(root: Path, shard: str = BAD) -> Path:
+    return root / record(root, shard).data
+
+
+def run(name: str, *arguments: object) -> tuple[int, str, str]:
+    result = invoke(cache_tools, name, *map(str, arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def problems(root: Path, *options: str) -> list[dict[str, Any]]:
+    code, stdout, _ = run("verify", root, "--json", *options)
+    found: list[dict[str, Any]] = json.loads(stdout)["problems"]
+    assert code == bool(found)
+    return found
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    return {
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+# Verify
+
+
+def test_a_whole_cache_is_all_good_and_stays_as_it_is(root: Path) -> None:
+    before = snapshot(root)
+
+    code, stdout, stderr = run("verify", root, "--decode", "--workers", 2)
+
+    assert (code, stdout.splitlines()[-1].endswith(", 4 samples decoded: all good")) == (0, True)
+    assert "verify" in stderr
+    assert snapshot(root) == before
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def replace_by_link(path: Path) -> None:
+    target = path.with_name("elsewhere")
+    path.rename(target)
+    path.symlink_to(target)
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a flipped bit": (
+        lambda folder: flip(folder / "labels" / "c" / "0"), "labels/c/0", "has sha256",
+    ),
+    "flipped metadata": (
+        lambda folder: flip(folder / "labels" / "zarr.json"), "labels/zarr.json", "has sha256",
+    ),
+    "the group's metadata": (
+        lambda folder: flip(folder / "zarr.json"), "zarr.json", "has sha256",
+    ),
+    "a cut file": (
+        lambda folder: os.truncate(folder / "labels" / "c" / "0", 9), "labels/c/0",
+        "is 9 bytes, expected ",
+    ),
+    "a missing file": (
+        lambda folder: (folder / "labels" / "c" / "0").unlink(), "labels/c/0",
+        "is missing, expected ",
+    ),
+    "an extra file": (
+        lambda folder: (folder / "labels" / "c" / "1").write_text("x"), "labels/c/1",
+        "is a file that the record does not name",
+    ),
+    "a link": (
+        lambda folder: replace_by_link(folder / "labels" / "c" / "0"), "labels/c/0",
+        "is a link, expected a file",
+    ),
+    "a linked folder": (
+        lambda folder: replace_by_link(folder / "labels"), "labels",
+        "is a link that the record does not name",
+    ),
+    "a pipe": (
+        lambda folder: replace_by_pipe(folder / "labels" / "c" / "0"), "labels/c/0",
+        "is a special file, expected a file",
+    ),
+    "no folder": (shutil.rmtree, "labels/c/0", "is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_with_its_shard_and_file(root: Path, damage: str) -> None:
+    make, file, message = DAMAGE[damage]
+    make(data(root))
+
+    found = [problem for problem in problems(root) if problem["file"] == file]
+
+    assert [(problem["kind"], problem["place"]) for problem in found] == [("shard", BAD)]
+    assert message in found[0]["what"]
+    code, stdout, stderr = run("verify", root)
+    assert code == 1
+    assert f"{BAD}: {file}: " in stdout
+    assert stderr.splitlines()[-1] == (
+        f"Error: {root}: 1 of 2 shards are damaged: {BAD}; cache-tools repair {root} takes out "
+        "what is damaged and says what to build again"
+    )
+
+
+def test_a_linked_data_folder_is_found_and_not_read(root: Path) -> None:
+    replace_by_link(data(root))
+
+    (found,) = problems(root)
+
+    assert (found["kind"], found["place"]) == ("shard", BAD)
+    assert "is a symbolic link; a cache holds none" in found["what"]
+
+
+@pytest.mark.parametrize("folder", ["records", "data", "plans"])
+def test_a_linked_folder_of_the_cache_is_an_error_in_one_line(root: Path, folder: str) -> None:
+    replace_by_link(root / folder)
+
+    code, _, stderr = run("verify", root)
+
+    assert code == 1
+    assert "is a symbolic link" in f"{stderr}{run('verify', root)[1]}"
+
+
+def test_a_link_to_the_cache_itself_is_the_users_and_fine(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(root)
+
+    assert run("verify", tmp_path / "link", "--decode")[0] == 0
+
+
+def test_a_damaged_record_is_a_damaged_shard(root: Path) -> None:
+    flip(root / "records" / f"{BAD}.json")
+
+    (found,) = problems(root, "--decode")
+
+    assert (found["kind"], found["place"]) == ("shard", BAD)
+    assert "not a record of format 1 (has sha256" in found["what"]
+
+
+def test_a_damaged_plan_is_found_and_repaired_without_losing_a_shard(root: Path) -> None:
+    (plan,) = (root / "plans").iterdir()
+    flip(plan)
+
+    (found,) = problems(root)
+
+    assert (found["kind"], found["place"]) == ("plan", f"plans/{plan.name}")
+    assert run("repair", root)[0] == 0
+    assert problems(root) == []
+    assert len(open_cache(root)) == 4
+
+
+def test_shards_of_two_builds_are_named_and_left_by_repair(root: Path) -> None:
+    edit_record(root, BAD, lambda values: values["identity"]["teacher"].update(hidden_size=5))
+    before = snapshot(root)
+
+    (found,) = problems(root, "--decode")
+
+    assert found["kind"] == "cache"
+    assert "identity: teacher.hidden_size is 5, in shard ref-000000 64" in found["what"]
+    code, _, stderr = run("repair", root)
+    assert code == 1
+    assert "1 problems are left that taking shards out does not solve" in stderr
+    assert snapshot(root) == before
+
+
+def test_a_record_of_another_format_is_never_removed(root: Path) -> None:
+    edit_record(root, BAD, lambda values: values.update(format=2))
+    before = snapshot(root)
+
+    assert [problem["kind"] for problem in problems(root)] == ["cache"]
+    assert run("repair", root)[0] == 1
+    assert "format 2 there, 1 here" in run("gc", root, "--older-than", 0)[2]
+    assert snapshot(root) == before
+
+
+def test_one_key_in_two_shards_is_found(root: Path) -> None:
+    edit_record(root, BAD, lambda values: values.update(keys=["s0", "text0"]))
+
+    (found,) = problems(root)
+
+    assert "1 samples stand in shard ref-000000 too: 's0'" in found["what"]
+
+
+def test_what_is_planned_and_what_is_left_over_is_said_but_no_problem(root: Path) -> None:
+    file, content = plan_file(["ref-000000", "ref-000007"])
+    (root / file).write_bytes(content)
+    (root / "data" / "ref-000007-01234567").mkdir()
+
+    code, stdout, _ = run("verify", root)
+
+    assert code == 0
+    assert "1 planned shards are not built yet" in stdout
+    assert "1 leftovers that no record names" in stdout
+
+
+@pytest.mark.parametrize("command", ["verify", "repair", "gc", "info"])
+def test_a_folder_without_a_cache_is_one_line(tmp_path: Path, command: str) -> None:
+    assert "no cache here" in error_line(invoke(cache_tools, command, str(tmp_path)))
+    assert "no cache here" in error_line(invoke(cache_tools, command, str(tmp_path / "none")))
+
+
+def test_looking_after_a_cache_needs_no_torch(root: Path) -> None:
+    for arguments in (["verify", "--decode"], ["repair"], ["gc"], ["diff", str(root)]):
+        program = (
+            "import sys; from cache_builder.cli import cache_tools\n"
+            f"try: cache_tools({[*arguments, str(root)]!r})\n"
+            "except SystemExit as end: assert not end.code\n"
+            "sys.exit('torch' in sys.modules)"
+        )
+        assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# Values
+
+
+def changed(name: str, edit: Callable[[Any], object]) -> Callable[[Any], Any]:
+    def change(sample: Any) -> Any:
+        values = getattr(sample, name)
+        values = {0: values[0].copy()} if name == "attention" else values.copy()
+        edit(values[0] if name == "attention" else values)
+        return dataclasses.replace(sample, **{name: values})
+
+    return change
+
+
+def put(index: Any, value: float) -> Callable[[Any], object]:
+    def edit(values: Any) -> None:
+        values[index] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("input_ids", put(1, -3)), "ids from -3 to"),
+        (changed("input_ids", put(1, 512)), "to 512, expected 0 to 511"),
+        (changed("input_ids", put(1, -200)), r"image at \[1, "),
+        (changed("labels", put(1, 512)), "labels from"),
+        (changed("attention", put((0, 0, 0), np.nan)), "attention of layer 0 hold NaN"),
+        (changed("attention", put((0, 0, 0), -0.1)), "attention of layer 0 from -0.1"),
+        (changed("attention", put((0, 0), 0.5)), "sum of a row in attention of layer 0"),
+        (changed("vision_tokens", put((3, 3), np.inf)), "vision tokens hold NaN or infinity"),
+        (changed("top_ids", put((0, 0), -1)), "top ids from -1"),
+        (changed("top_logprobs", put((0, 0), 0.5)), "log-probabilities from"),
+        (changed("top_logprobs", put(0, -0.1)), "sum of a response's probabilities"),
+        (lambda s: dataclasses.replace(s, attention={0: s.attention[0][:1]}), "heads and rows"),
+        (lambda s: dataclasses.replace(s, attention={0: s.attention[0][:, 1:]}), "heads and rows"),
+        (
+            lambda s: dataclasses.replace(
+                s, vision_tokens=s.vision_tokens[1:], attention={0: s.attention[0][:, :, 1:]}
+            ),
+            "the record says",
+        ),
+        (lambda s: dataclasses.replace(s, vision_tokens=s.vision_tokens[:, 1:]), "63 wide"),
+        (lambda s: dataclasses.replace(s, top_ids=None), "no log-probabilities"),
+        (
+            lambda s: dataclasses.replace(
+                s, top_ids=s.top_ids[1:], top_logprobs=s.top_logprobs[1:]
+            ),
+            "expected 3 rows",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_is_said(cache: Cache, change: Any, message: str) -> None:
+    sample, length = cache.read("s0"), record(cache.root, "ref-000000").lengths[0]
+    assert wrong_value(sample, cache.spec, cache.identity["teacher"], length) is None
+
+    found = wrong_value(change(sample), cache.spec, cache.identity["teacher"], length)
+
+    assert found is not None
+    assert re.search(message, found), found
+
+
+def test_decode_finds_what_digests_cannot(root: Path) -> None:
+    edit_record(root, BAD, lambda values: values.update(lengths=[9, 9]))
+    assert problems(root) == []
+
+    found = problems(root, "--decode")
+
+    assert {problem["place"] for problem in found} == {BAD}
+    assert "tokens, the record says 9" in found[0]["what"]
+
+
+# Repair
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "a flipped record"])
+def test_repair_takes_just_the_damaged_shard_out_and_names_its_tar(root: Path, damage: str) -> None:
+    whole = snapshot(data(root, "ref-000000"))
+    if damage == "a flipped record":
+        flip(root / "records" / f"{BAD}.json")
+    else:
+        DAMAGE[damage][0](data(root))
+
+    code, stdout, _ = run("repair", root)
+
+    assert code == 0
+    assert stdout.splitlines()[-1] == f"{root}: 1 shards taken out; build again: {BAD}.tar"
+    assert open_cache(root).keys() == ["s0", "s1"]
+    assert problems(root, "--decode") == []
+    assert snapshot(data(root, "ref-000000")) == whole
+    assert "1 of 2 planned (1 to build)" in run("info", root)[1]
+
+
+def test_repair_of_a_whole_cache_does_nothing(root: Path) -> None:
+    before = snapshot(root)
+
+    assert run("repair", root)[1].splitlines() == [f"{root}: 0 shards taken out"]
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("where", ["data", "record", "file"])
+def test_repair_removes_links_but_never_what_they_point_to(
+    root: Path, tmp_path: Path, where: str
+) -> None:
+    victim = tmp_path / "victim"
+    shutil.copytree(root, victim)
+    before = snapshot(victim)
+    place, target = {
+        "data": (data(root), victim / record(victim, BAD).data),
+        "record": (root / "records" / f"{BAD}.json", victim / "records" / f"{BAD}.json"),
+        "file": (data(root) / "labels", victim / record(victim, BAD).data / "labels"),
+    }[where]
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    place.symlink_to(target)
+
+    assert run("repair", root)[0] == 0
+
+    assert snapshot(victim) == before
+    assert open_cache(root).keys() == ["s0", "s1"]
+    assert not place.is_symlink()
+
+
+def test_repair_rebuilds_when_it_is_given_the_teacher(root: Path, packed_tars: list[Path]) -> None:
+    before = stored_digests(root)
+    flip(data(root) / "labels" / "c" / "0")
+    pattern = packed_tars[0].parent / "*.tar"
+
+    code, stdout, _ = run(
+        "repair", root, "--teacher", TEACHER, "--vision-tower", CLIP, "--data", pattern,
+        "--device", "cpu",
+    )  # fmt: skip
+
+    assert code == 0
+    assert "1 shards built again, 2 samples" in stdout
+    assert stored_digests(root) == before
+    assert problems(root, "--decode") == []
+
+
+def test_repair_with_another_teacher_is_refused_and_both_values_are_named(
+    root: Path, packed_tars: list[Path], tmp_path: Path
+) -> None:
+
+    other = teacher_copy(
+        tmp_path / "teacher", edit=lambda tensors: tensors["model.norm.weight"].add_(1)
+    )
+    flip(data(root) / "labels" / "c" / "0")
+
+    result = invoke(
+        cache_tools, "repair", *map(str, (root, "--teacher", other, "--vision-tower", CLIP)),
+        *map(str, ("--data", packed_tars[1], "--device", "cpu")),
+    )  # fmt: skip
+
+    assert "teacher.weights_sha256" in error_line(result)
+
+
+def test_repair_without_the_tar_says_so_after_taking_the_shard_out(
+    root: Path, packed_tars: list[Path]
+) -> None:
+    flip(data(root) / "labels" / "c" / "0")
+
+    code, _, stderr = run("repair", root, "--teacher", TEACHER, "--data", packed_tars[0])
+
+    assert code == 1
+    assert f"1 tars to rebuild are not in --data: {BAD}.tar" in stderr
+    assert run("repair", root, "--teacher", TEACHER)[0] == 2
+
+
+# Sweeping
+
+
+def leftovers(root: Path) -> list[Path]:
+    """A half-written shard and half-written files, as killed builds leave them."""
+    folder = root / "data" / "ref-000002-01234567"
+    shutil.copytree(data(root), folder)
+    files = [
+        root / "records" / "ref-000002.json.89abcdef.partial",
+        root / "plans" / "0123456789abcdef.json.89abcdef.partial",
+    ]
+    for file in files:
+        file.write_text("{half")
+    return [folder, *files]
+
+
+def age(path: Path, hours: float) -> None:
+    then = time.time() - 3600 * hours
+    for inner in (path, *path.rglob("*")):
+        os.utime(inner, (then, then))
+
+
+def test_old_leftovers_are_swept_and_young_ones_spared(root: Path) -> None:
+    folder, *files = leftovers(root)
+    age(folder, 25)
+    age(files[0], 25)
+    before = snapshot(root)
+
+    dry = run("gc", root, "--dry-run")
+    assert dry[0] == 0
+    assert f"{root}: would delete 2 leftovers" in dry[1]
+    assert snapshot(root) == before
+    code, stdout, _ = run("gc", root)
+
+    assert code == 0
+    assert "deleted data/ref-000002-01234567" in stdout
+    assert "1 spared: younger than 24 hours" in stdout
+    assert (folder.exists(), files[0].exists(), files[1].exists()) == (False, False, True)
+    assert problems(root, "--decode") == []
+
+
+def test_a_folder_in_which_one_file_is_young_is_spared(root: Path) -> None:
+    folder, *_ = leftovers(root)
+    age(folder, 25)
+    os.utime(folder / "labels" / "c" / "0")
+
+    run("gc", root)
+
+    assert folder.exists()
+
+
+def test_gc_touches_neither_links_nor_what_no_build_makes(root: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim-01234567"
+    shutil.copytree(root, victim)
+    (root / "data" / "ref-000003-01234567").symlink_to(victim)
+    (root / "records" / "x.partial").symlink_to(victim / "records" / f"{BAD}.json")
+    folder = root / "data" / "ref-000004-01234567"
+    folder.mkdir()
+    (folder / "inside").symlink_to(victim)
+    (root / "data" / "notes").mkdir()
+    (root / "README").write_text("mine")
+    before = snapshot(victim)
+
+    code, stdout, _ = run("gc", root, "--older-than", 0)
+
+    assert (code, stdout.count("deleted data/")) == (0, 1)
+    assert snapshot(victim) == before
+    assert not folder.exists()
+    assert (root / "data" / "ref-000003-01234567").is_symlink()
+    assert (root / "data" / "notes").is_dir()
+    assert (root / "README").exists()
+
+
+def test_gc_stops_at_a_damaged_record_whose_folder_is_not_known(root: Path) -> None:
+    flip(root / "records" / f"{BAD}.json")
+    before = snapshot(root)
+
+    assert "cache-tools repair" in error_line(
+        invoke(cache_tools, "gc", str(root), "--older-than", "0")
+    )
+    assert snapshot(root) == before
+
+
+def test_after_a_damaged_record_is_repaired_gc_takes_its_data(root: Path) -> None:
+    folder = data(root)
+    flip(root / "records" / f"{BAD}.json")
+    run("repair", root)
+    assert folder.exists()
+
+    run("gc", root, "--older-than", 0)
+
+    assert not folder.exists()
+
+
+# Diff
+
+
+def diff(a: Path, b: Path) -> dict[str, Any]:
+    code, stdout, _ = run("diff", a, b, "--json")
+    found: dict[str, Any] = json.loads(stdout)
+    differs = any(found[field] for field in found if field != "equal")
+    assert code == differs
+    return found
+
+
+def test_a_cache_and_its_copy_do_not_differ(root: Path, cache_path: Path) -> None:
+    assert diff(root, cache_path)["equal"] == 2
+    assert run("diff", root, cache_path)[1] == "2 shards are equal, 0 differ\n"
+
+
+def test_two_builds_of_one_thing_do_not_differ(
+    root: Path, packed_tars: list[Path], tmp_path: Path
+) -> None:
+    build(tmp_path / "again", packed_tars, FULL)
+
+    assert run("diff", root, tmp_path / "again")[0] == 0
+
+
+def test_caches_of_two_specs_differ_in_identity_with_both_values_and_in_arrays(
+    root: Path, packed_tars: list[Path], tmp_path: Path
+) -> None:
+    half = {**FULL, "vision_tokens": {"encoding": "float16"}}
+    build(tmp_path / "other", packed_tars[:1], half)
+
+    found = diff(root, tmp_path / "other")
+
+    assert found["identity"] == {"spec.vision_tokens.encoding": ["float32", "float16"]}
+    assert found["shards_only_in_a"] == [BAD]
+    assert list(found["shards"]) == ["ref-000000"]
+    assert list(found["shards"]["ref-000000"]["arrays"]) == ["vision_tokens"]
+    text = run("diff", root, tmp_path / "other")[1]
+    assert 'identity  spec.vision_tokens.encoding: "float32" in A, "float16" in B' in text
+    assert f"shard     {BAD}: only in A" in text
+    assert "shard     ref-000000: vision_tokens: " in text
+
+
+def test_shards_differ_in_tar_samples_and_skips(root: Path, cache_path: Path) -> None:
+    def edit(values: dict[str, Any]) -> None:
+        values["keys"][0] = "other"
+        values["tar"]["size"] = 7
+        values["skipped"].append({"key": "s2", "reason": "why not"})
+
+    edit_record(root, BAD, edit)
+
+    found = diff(cache_path, root)["shards"][BAD]
+
+    assert found["keys_only_in_a"] == ["s2"]
+    assert found["keys_only_in_b"] == ["other"]
+    assert found["tar"]["size"][1] == 7
+    assert found["skipped"] == {"s2": [None, "why not"]}
+    assert found["arrays"] == {}

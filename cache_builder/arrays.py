@@ -9,7 +9,7 @@ Axes: the first one of every array is its unit (image, query or response).
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,18 @@ _COPIES_UNDER_WAY = 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardArray:
+    """One array as it is stored."""
+
+    axes: Axes
+    "Words of the glossary."
+    values: Array
+    "Rows of all owners."
+    zstd_level: int
+    "Of its lossless compression."
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Piece:
     """Encoded rows on their way from the device."""
 
@@ -31,6 +43,7 @@ class _Piece:
     owners: Sequence[str]
     rows: Tensor
     copied: torch.cuda.Event | None
+    zstd_level: int
 
 
 @dataclass
@@ -39,44 +52,42 @@ class ShardArrays:
 
     num_rows: Mapping[str, Mapping[str, int]]
     "Unit -> owner -> its rows; owners in the tar's order."
-    _arrays: dict[str, tuple[Axes, Array]] = field(default_factory=dict)
+    _arrays: dict[str, ShardArray] = field(default_factory=dict)
     _coming: deque[_Piece] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self._places = {unit: _places(rows) for unit, rows in self.num_rows.items()}
 
     def put(
-        self, name: str, axes: Axes, owners: Sequence[str], parts: Mapping[str, Tensor]
+        self, name: str, axes: Axes, owners: Sequence[str], rows: Tensor, *, zstd_level: int = 3
     ) -> None:
-        """Rows of several owners, one owner after another, on any device.
-
-        Args:
-            parts: stored tensors by suffix of the name.
-        """
-        for suffix, rows in parts.items():
-            host, copied = _start_copy(rows)
-            piece = _Piece(
-                name=name + suffix, axes=axes[: rows.ndim], owners=owners, rows=host, copied=copied
+        """Rows of several owners, one owner after another, on any device."""
+        host, copied = _start_copy(rows)
+        self._coming.append(
+            _Piece(
+                name=name, axes=axes, owners=owners, rows=host, copied=copied,
+                zstd_level=zstd_level,
             )
-            self._coming.append(piece)
+        )  # fmt: skip
         while len(self._coming) > _COPIES_UNDER_WAY:
             self._land(self._coming.popleft())
 
-    def take(self, owners: Mapping[str, Collection[str]]) -> dict[str, tuple[Axes, Array]]:
-        """Array name -> (axes, rows of those `owners` of its unit only, in the tar's order)."""
+    def take(self, owners: Mapping[str, Collection[str]]) -> dict[str, ShardArray]:
+        """Arrays by name, with the rows of those `owners` of their unit only."""
         while self._coming:
             self._land(self._coming.popleft())
         taken = {
-            name: (axes, self._rows_of(owners[axes[0]], axes[0], array))
-            for name, (axes, array) in self._arrays.items()
+            name: replace(array, values=self._rows_of(owners[array.axes[0]], array))
+            for name, array in self._arrays.items()
         }
-        return {name: (axes, array) for name, (axes, array) in taken.items() if len(array)}
+        return {name: array for name, array in taken.items() if len(array.values)}
 
-    def _rows_of(self, owners: Collection[str], unit: str, array: Array) -> Array:
-        kept = [rows for owner, rows in self._places[unit].items() if owner in owners]
-        if len(kept) == len(self._places[unit]):
-            return array
-        return np.concatenate([array[rows] for rows in kept]) if kept else array[:0]
+    def _rows_of(self, owners: Collection[str], array: ShardArray) -> Array:
+        places = self._places[array.axes[0]]
+        kept = [rows for owner, rows in places.items() if owner in owners]
+        if len(kept) == len(places):
+            return array.values
+        return np.concatenate([array.values[rows] for rows in kept]) if kept else array.values[:0]
 
     def _land(self, piece: _Piece) -> None:
         if piece.copied is not None:
@@ -85,8 +96,11 @@ class ShardArrays:
         unit = piece.axes[0]
         if piece.name not in self._arrays:
             shape = (sum(self.num_rows[unit].values()), *values.shape[1:])
-            self._arrays[piece.name] = (piece.axes, np.empty(shape, dtype=values.dtype))
-        _, array = self._arrays[piece.name]
+            self._arrays[piece.name] = ShardArray(
+                axes=piece.axes, values=np.empty(shape, dtype=values.dtype),
+                zstd_level=piece.zstd_level,
+            )  # fmt: skip
+        array = self._arrays[piece.name].values
         start = 0
         for owner in piece.owners:
             stop = start + self.num_rows[unit][owner]

@@ -10,8 +10,8 @@ most one tar ahead or behind, so memory is bounded by the size of a shard, not b
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cache_builder.ahead import Ahead
+from cache_builder.committed import ADVICE, Committed
 from cache_builder.features import ShardFeatures, compute_features, write_features
 from cache_builder.prepare import PreparedTar, TarReader
+from cache_builder.skips import SkipBudget, SkipLimit
+from cache_builder.stopping import Stopped, StopRequest
 from cache_builder.teacher import Teacher
 from shared.errors import InputError
 from shared.images import ImageProcessor
@@ -32,7 +35,6 @@ from shared.record import (
     ShardRecord,
     TarFacts,
     compare,
-    read_records,
     shard_name,
 )
 from shared.samples import TarIndex, index_tars, refuse_repeated_keys, tar_sha256
@@ -55,6 +57,8 @@ class BuildReport:
     "Samples stored by this run."
     skipped: int
     "Samples of this run that could not be used."
+    left: int = 0
+    "Shards still to build, because the run was asked to stop."
 
 
 @dataclass(kw_only=True)
@@ -84,56 +88,69 @@ class Builder:
         }
 
 
-def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildReport:
+def build_cache(
+    builder: Builder,
+    tars: Sequence[Path],
+    out: Path,
+    *,
+    max_skipped: SkipLimit | None = None,
+    stop: StopRequest | None = None,
+) -> BuildReport:
     """Build every shard that is not there yet.
+
+    Args:
+        max_skipped: how many samples may be lost; None for any number.
+        stop: looked at between batches; the shard in work is dropped, those before it stay.
 
     Raises:
         MismatchError: `out` holds shards of another spec, teacher, tokenizer or tar.
-        InputError: tars that cannot be read, after all others have been built.
+        InputError: tars that cannot be read, after all others have been built; or more samples
+            that cannot be used than `max_skipped`: the shard that crosses it is not committed.
         CacheError: `out` cannot be written.
     """
+    stop = stop or StopRequest()
     names = [shard_name(tar) for tar in tars]
     indexes, broken = index_tars(tars)
-    pending = find_pending(builder.identity, indexes, out)
+    committed = Committed(out, builder.identity)
+    pending = find_pending(committed.records, indexes, out)
+    limit = max_skipped or SkipLimit.parse("100%")
+    budget = SkipBudget.of(limit, indexes, committed.records)
     write_plan(out, names)
+    stop.is_watched = True
     total = sum(len(index.samples) + len(index.skipped) for index in pending)
     with (
         tqdm(total=total, unit="sample", desc="build", smoothing=0.05) as bar,
         logging_redirect_tqdm(),
     ):
-        progress = _Progress(bar)
-        for record in _build_shards(builder, pending, out, bar.update):
-            progress.committed(record)
-    if broken:
+        run = _Run(bar=bar, builder=builder, out=out, committed=committed, budget=budget, stop=stop)
+        run.build(pending)
+    if broken and not stop.requested:
         raise InputError(
             f"{len(broken)} of {len(tars)} tars could not be read, the others are built: "
             + "; ".join(map(str, broken[:3]))
         )
     return BuildReport(
-        built=len(pending),
-        present=len(indexes) - len(pending),
-        samples=progress.samples,
-        skipped=progress.skipped,
+        built=run.built,
+        present=len(indexes) - len(pending) + run.taken,
+        samples=run.samples,
+        skipped=run.skipped,
+        left=len(pending) - run.built - run.taken,
     )
 
 
 def find_pending(
-    identity: Mapping[str, Any], indexes: Sequence[TarIndex], out: Path
+    records: Mapping[str, ShardRecord], indexes: Sequence[TarIndex], out: Path
 ) -> list[TarIndex]:
-    """Tars without a record; those with one must have been built from the same things.
+    """Tars without a record; those with one must be what their shard was built from.
 
     Raises:
         MismatchError: names both values.
         InputError: a pending tar holds a sample that a shard of another tar holds already.
     """
-    records = read_records(out)
-    advice = "Build into another folder, or use what this cache was built with."
-    for record in records.values():
-        compare(f"{out}: shard {record.name}", record.identity, identity, advice)
     for index in tqdm(indexes, unit="tar", desc="check", delay=2):
         if index.name in records:
             there = vars(records[index.name].tar)
-            compare(f"{out}: shard {index.name}: tar", there, vars(tar_facts(index)), advice)
+            compare(f"{out}: shard {index.name}: tar", there, vars(tar_facts(index)), ADVICE)
     pending = [index for index in indexes if index.name not in records]
     stored = {key: record.tar.name for record in records.values() for key in record.keys}
     refuse_repeated_keys(pending, stored)
@@ -153,40 +170,13 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
 
 
 def tar_facts(index: TarIndex) -> TarFacts:
-    """Name, size and digest of a tar."""
+    """Name, size and digests of a tar."""
     return TarFacts(
-        name=index.path.name, size=index.path.stat().st_size, sha256=tar_sha256(index.path)
+        name=index.path.name,
+        size=index.path.stat().st_size,
+        sha256=tar_sha256(index.path),
+        index_sha256=index.sha256,
     )
-
-
-def _build_shards(
-    builder: Builder, pending: Sequence[TarIndex], out: Path, advance: Callable[[int], object]
-) -> Iterator[ShardRecord]:
-    """Records of the shards, in the tars' order, each when it is committed."""
-    with _prepared(builder, pending) as tars, ThreadPoolExecutor(1, "write") as writer:
-        commit = None
-        for tar in tars:
-            features = compute_features(tar, builder.teacher, builder.spec, advance=advance)
-            if commit is not None:
-                yield commit.result()
-            commit = writer.submit(commit_shard, builder, tar.index, features, out)
-            del tar, features  # the writer's now: gone as soon as they are written
-        if commit is not None:
-            yield commit.result()
-
-
-@contextmanager
-def _prepared(builder: Builder, pending: Sequence[TarIndex]) -> Iterator[Iterator[PreparedTar]]:
-    reader = TarReader(
-        builder.spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size,
-        pin=builder.teacher.device.type == "cuda",
-    )  # fmt: skip
-    pool = ThreadPoolExecutor(1, "read")
-    with reader:
-        try:
-            yield Ahead(reader, pending, pool, depth=1)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def commit_shard(
@@ -198,8 +188,6 @@ def commit_shard(
         CacheError: the cache cannot be written.
         InputError: the tar cannot be read any more.
     """
-    for sample in features.skipped:
-        log.warning("shard=%s skipped=%s reason=%s", index.name, sample.key, sample.reason)
     with new_shard(
         out,
         index.name,
@@ -216,21 +204,88 @@ def commit_shard(
     return shard.record
 
 
-class _Progress:
-    """Counts what is committed; says so on the bar and in the log."""
+@dataclass(kw_only=True)
+class _Run:
+    """The shards of one run on their way, and what has come of it."""
 
-    def __init__(self, bar: "tqdm[Never]") -> None:
-        self._bar = bar
-        self.samples = self.skipped = self.size = 0
+    bar: "tqdm[Never]"
+    builder: Builder
+    out: Path
+    committed: Committed
+    budget: SkipBudget
+    stop: StopRequest
+    built: int = 0
+    taken: int = 0
+    "Shards that another build was faster with."
+    samples: int = 0
+    skipped: int = 0
+    size: int = 0
+    "Bytes written."
 
-    def committed(self, record: ShardRecord) -> None:
+    def build(self, pending: Sequence[TarIndex]) -> None:
+        """Run the teacher on one tar after another; each is written while the next one runs."""
+        commit: Future[ShardRecord] | None = None
+        with _prepared(self.builder, pending) as tars, ThreadPoolExecutor(1, "write") as writer:
+            for tar in tars:
+                if self._is_taken(tar.index):
+                    continue
+                try:
+                    features = self._compute(tar)
+                except Stopped:
+                    break
+                self._finish(commit)
+                commit = writer.submit(commit_shard, self.builder, tar.index, features, self.out)
+                del tar, features  # the writer's now: gone as soon as they are written
+            self._finish(commit)
+
+    def _is_taken(self, index: TarIndex) -> bool:
+        self.committed.refresh()
+        if index.name not in self.committed.records:
+            return False
+        self.taken += 1
+        self.bar.update(len(index.samples) + len(index.skipped))
+        return True
+
+    def _compute(self, tar: PreparedTar) -> ShardFeatures:
+        self.stop.check()
+        features = compute_features(
+            tar, self.builder.teacher, self.builder.spec, advance=self._advance
+        )
+        for sample in features.skipped:
+            log.warning("shard=%s skipped=%s reason=%s", tar.index.name, sample.key, sample.reason)
+        self.budget.spend(features.skipped)
+        return features
+
+    def _advance(self, done: int) -> None:
+        self.bar.update(done)
+        self.stop.check()
+
+    def _finish(self, commit: Future[ShardRecord] | None) -> None:
+        if commit is None:
+            return
+        record = commit.result()
         size = sum(file.size for file in record.files.values())
+        self.built += 1
         self.samples += len(record.keys)
         self.skipped += len(record.skipped)
         self.size += size
-        rate = self.size / 1e6 / max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(f"{rate:.1f} MB/s, {self.skipped} skipped")
+        rate = self.size / 1e6 / max(self.bar.format_dict["elapsed"], 1e-9)
+        self.bar.set_postfix_str(f"{rate:.1f} MB/s, {self.skipped} skipped")
         log.info(
             "shard=%s samples=%d skipped=%d bytes=%d", record.name, len(record.keys),
             len(record.skipped), size,
         )  # fmt: skip
+
+
+@contextmanager
+def _prepared(builder: Builder, pending: Sequence[TarIndex]) -> Iterator[Iterator[PreparedTar]]:
+    """The tars in order, each read while the one before is in work."""
+    pool = ThreadPoolExecutor(1, "read")
+    with TarReader(
+        builder.spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size,
+        pin=builder.teacher.device.type == "cuda",
+    ) as reader:  # fmt: skip
+        try:
+            yield Ahead(reader, pending, pool, depth=1)
+        finally:
+            pool.shutdown(cancel_futures=True)

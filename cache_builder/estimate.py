@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 from tqdm import tqdm
 
 from cache_builder.prepare import PreparedSample, prepare
-from shared.encodings import ENCODINGS
+from shared.encodings import ENCODINGS, id_dtype
 from shared.mobilevlm import NUM_VISION, VLMConfig
 from shared.record import Skipped
 from shared.samples import TarIndex
@@ -95,20 +96,22 @@ def _signals(
     llama = config.llama
     signals = [SignalSize(signal="sequence", unit="token", unit_bytes=8.0, units=tokens * scale)]
     if spec.attention is not None:
-        width = ENCODINGS[spec.attention.encoding].bytes_per_value
-        row = len(spec.attention.layers) * llama.num_attention_heads * NUM_VISION * width
+        encoding = ENCODINGS[spec.attention.encoding]
+        layers = len(spec.attention.layers)
+        row = layers * encoding.size((llama.num_attention_heads, NUM_VISION))
         signals.append(
             SignalSize(signal="attention", unit="text row", unit_bytes=row, units=text_rows * scale)
         )
     if spec.vision_tokens is not None:
-        width = ENCODINGS[spec.vision_tokens.encoding].bytes_per_value
-        image = NUM_VISION * llama.hidden_size * width
+        encoding = ENCODINGS[spec.vision_tokens.encoding]
+        image = encoding.size((NUM_VISION, llama.hidden_size))
         signals.append(
             SignalSize(signal="vision tokens", unit="image", unit_bytes=image, units=images * scale)
         )
     if spec.logprobs is not None:
-        width = ENCODINGS[spec.logprobs.encoding].bytes_per_value
-        position = spec.logprobs.top_k * (4 + width) + 4
+        ids = spec.logprobs.top_k * np.dtype(id_dtype(llama.vocab_size)).itemsize
+        values = ENCODINGS[spec.logprobs.encoding].size((spec.logprobs.top_k,))
+        position = ids + values + 4  # and the rest's mass, float32
         signals.append(
             SignalSize(
                 signal="log-probabilities",

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_builder.arrays import Array, Axes, ShardArrays
+from cache_builder.arrays import Axes, ShardArray, ShardArrays
 from cache_builder.prepare import PixelBatch, PreparedSample, PreparedTar
 from cache_builder.teacher import Signals, Teacher
-from shared.encodings import encode
+from shared.encodings import ENCODINGS, id_dtype
 from shared.mobilevlm import NUM_VISION
 from shared.record import Skipped
 from shared.sequence import pad_sequences
 from shared.spec import CacheSpec
 from shared.store import ShardWriter
+from shared.tensor_encodings import encode
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,7 @@ class ShardFeatures:
     "Samples that are stored."
     images: list[int]
     "Row of each sample in `vision_tokens`; -1 for text only."
-    arrays: dict[str, tuple[Axes, Array]]
+    arrays: dict[str, ShardArray]
     "The teacher's signals by array name, siblings included."
     skipped: list[Skipped]
     "Samples of the tar that are not stored."
@@ -64,11 +65,8 @@ def write_features(shard: ShardWriter, features: ShardFeatures, spec: CacheSpec)
         shard.put("input_ids", np.concatenate([p.input_ids for p in prompts]), ("token",))
         shard.put("labels", np.concatenate([p.labels for p in prompts]), ("token",))
     _put_offsets(shard, "token_offsets", [len(p.input_ids) for p in prompts])
-    starts = [-1 if p.vision_start is None else p.vision_start for p in prompts]
-    shard.put("vision_start", np.array(starts, dtype=np.int32), ("sample",))
-    shard.put("image_index", np.array(features.images, dtype=np.int32), ("sample",))
-    for name, (axes, array) in features.arrays.items():
-        shard.put(name, array, axes)
+    for name, array in features.arrays.items():
+        shard.put(name, array.values, array.axes, zstd_level=array.zstd_level)
     if spec.attention is not None:
         _put_offsets(shard, "query_offsets", [sample.num_text_rows for sample in features.samples])
     if spec.logprobs is not None:
@@ -178,7 +176,8 @@ class _TarRun:
         if self.spec.logprobs is None or signals.top_ids is None or signals.top_logprobs is None:
             return
         rows = {sample.key: sample.num_responses for sample in samples}
-        self.arrays.put("top_ids", ("response", "top"), list(rows), {"": signals.top_ids.int()})
+        ids = signals.top_ids.to(getattr(torch, id_dtype(self.teacher.vocabulary).__name__))
+        self.arrays.put("top_ids", ("response", "top"), list(rows), ids)
         self._skip(
             self._store(
                 "log-probabilities", "top_logprobs", ("response", "top"),
@@ -205,15 +204,20 @@ class _TarRun:
         """Encode the rows of several owners and put them into an array; owners refused, and why."""
         refused: dict[str, str] = {}
         try:
-            parts = encode_signal(encoding, values)
+            parts = encode(encoding, values)
         except ValueError:
             split = torch.split(values, list(num_rows.values()))
             pieces = dict(zip(num_rows, split, strict=True))
             refused = _refused(encoding, pieces)
             pieces = {owner: piece for owner, piece in pieces.items() if owner not in refused}
-            parts = encode_signal(encoding, torch.cat(list(pieces.values()))) if pieces else {}
+            parts = encode(encoding, torch.cat(list(pieces.values()))) if pieces else {}
         owners = [owner for owner in num_rows if owner not in refused]
-        self.arrays.put(name, axes, owners, parts)
+        form = ENCODINGS[encoding]
+        for suffix, rows in parts.items():
+            stored_axes = form.axes(suffix, axes)
+            # What lies beside the codes is small, and no encoding has shaped it for compression.
+            level = 3 if suffix else form.zstd_level
+            self.arrays.put(name + suffix, stored_axes, owners, rows, zstd_level=level)
         return {owner: f"the teacher's {signal} {why}" for owner, why in refused.items()}
 
     def _skip(self, reasons: Mapping[str, str | None]) -> None:
@@ -222,21 +226,11 @@ class _TarRun:
                 self.skipped.setdefault(key, reason)
 
 
-def encode_signal(encoding: str, values: Tensor) -> dict[str, Tensor]:
-    """Stored tensors by suffix, on the device of `values`.
-
-    Raises:
-        ValueError: a value is NaN, infinite, or outside what the encoding can hold.
-    """
-    parts = encode(encoding, values.float().cpu().numpy())
-    return {suffix: torch.from_numpy(part) for suffix, part in parts.items()}
-
-
 def _refused(encoding: str, pieces: Mapping[str, Tensor]) -> dict[str, str]:
     refused = {}
     for owner, piece in pieces.items():
         try:
-            encode_signal(encoding, piece)
+            encode(encoding, piece)
         except ValueError as error:
             refused[owner] = str(error)
     return refused

@@ -1,32 +1,41 @@
 """Reading a cache: `open_cache(path)`, then samples by key, in any order.
 
-Needs no torch and no teacher. Opening reads the shards' records only; arrays are read when a sample
-is asked for.
+Needs no torch, no zarr and no teacher. Opening reads the shards' records only; arrays are read when
+a sample is asked for.
 
     from shared.cache import open_cache
 
     cache = open_cache("my-cache")
     sample = cache.read(cache.keys()[0])
     sample.attention[0]     # [H, Q, V] float32: A_tv of the teacher's first layer
+
+A trainer reads whole batches with `read_batch`: padded, still encoded, to be decoded on the device
+with `shared.tensor_encodings.decode`.
 """
 
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Shaped
+from tqdm import tqdm
 
-from shared.errors import CacheError, MismatchError
-from shared.record import ShardRecord, compare, read_records, spec_of
+from shared.encodings import ENCODINGS, Array, decode
+from shared.errors import CacheError
+from shared.index import IndexCollector, SampleIndex
+from shared.reader import ShardReader
+from shared.record import ShardRecord, compare, iter_records, spec_of
 from shared.spec import CacheSpec
-from shared.store import ShardReader
 
-_OPEN_SHARDS = 256
-"Shards kept open at the same time; each holds a few kilobytes."
+Signal = Literal["attention", "vision_tokens", "logprobs"]
+SIGNALS: tuple[Signal, ...] = ("attention", "vision_tokens", "logprobs")
+
+_OPEN_SHARDS = 2048
+"Shards whose indexes are kept; each takes about 60 kB at a 7B teacher's shapes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,41 +62,89 @@ class CachedSample:
     "Log of the probability outside the top k; None if not stored or if k is the whole vocabulary."
 
 
-class Cache:
-    """An opened cache. Made by `open_cache`."""
+@dataclass(frozen=True, kw_only=True)
+class EncodedBatch:
+    """Several samples as they are stored, padded to one size. Made by `Cache.read_batch`.
 
-    def __init__(self, root: Path, records: Mapping[str, ShardRecord]) -> None:
+    Stored arrays come by suffix, as `decode` takes them. N counts the samples with an image, R the
+    response positions of all samples, one after another. A signal that was not asked for, or that
+    no sample of the batch has, is empty or None.
+    """
+
+    input_ids: list[Int32[np.ndarray, " _"]]
+    "Of each sample; the image is -200."
+    labels: list[Int32[np.ndarray, " _"]]
+    "Of each sample; -100 where ignored."
+    attention: dict[int, dict[str, Shaped[np.ndarray, "N Q H ..."]]]
+    "Layer -> stored arrays; rows behind a sample's own are zero, and decode to zero."
+    vision_tokens: dict[str, Shaped[np.ndarray, "N ..."]]
+    "Stored arrays, an image for each sample that has one."
+    top_ids: Shaped[np.ndarray, "R K"] | None
+    "In the smallest type that holds the vocabulary."
+    top_logprobs: dict[str, Shaped[np.ndarray, "R ..."]]
+    "Stored arrays."
+    rest_logprobs: Float32[np.ndarray, " R"] | None
+    "Log of the probability outside the top k."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where one sample lies."""
+
+    reader: ShardReader
+    row: int
+    image: int
+
+    def span(self, offsets: str) -> tuple[int, int]:
+        """The sample's rows on a flat axis."""
+        self.reader.check_rows(offsets, self.row, self.row + 2)
+        edges = self.reader.whole(offsets)
+        return int(edges[self.row]), int(edges[self.row + 1])
+
+
+class Cache:
+    """An opened cache. Made by `open_cache`. Threads may share it; it can be pickled."""
+
+    def __init__(self, root: Path, records: Mapping[str, ShardRecord], index: SampleIndex) -> None:
+        """`records` may be without their samples: the index knows those."""
         self.root = root
         "The cache's folder."
         self.records = records
-        "Shard name -> record."
+        "Shard name -> record, without `keys`, `lengths` and `images`."
         first = next(iter(records.values()))
         self.identity: Mapping[str, Any] = first.identity
         "What decided the bytes: spec, teacher, tokenizer, image processor, numerics."
         self.spec: CacheSpec = spec_of(first)
         "What is stored."
-        self._where = _locate(root, records)
-        self._open: OrderedDict[str, ShardReader] = OrderedDict()
+        self._index = index
+        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._index)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._where
+        return self._index.find(key) is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_reader"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def keys(self) -> list[str]:
         """Keys of all samples, shard by shard."""
-        return list(self._where)
+        return list(self._index.keys())
 
-    def num_tokens(self, key: str) -> int:
-        """Length of a sample's sequence, vision tokens counted; from the record alone."""
-        shard, row = self._locate(key)
-        return self.records[shard].lengths[row]
+    @property
+    def lengths(self) -> Int32[np.ndarray, " samples"]:
+        """Tokens of each sample's sequence, vision tokens counted, in the order of `keys`."""
+        return self._index.lengths
 
-    def has_image(self, key: str) -> bool:
-        """Whether the sample has an image; from the record alone."""
-        shard, row = self._locate(key)
-        return self.records[shard].images[row] >= 0
+    @property
+    def with_image(self) -> npt.NDArray[np.bool_]:
+        """Whether each sample has an image, in the order of `keys`."""
+        return self._index.images >= 0
 
     def read(self, key: str) -> CachedSample:
         """One sample.
@@ -96,73 +153,62 @@ class Cache:
             KeyError: no such sample.
             DamagedError: a file is missing or its bytes are not what was written.
         """
-        shard, row = self._locate(key)
-        reader = self._reader(shard)
-        start, stop = _span(reader, "token_offsets", row)
-        vision_start = int(reader.whole("vision_start")[row])
-        top_ids, top_logprobs, rest = self._logprobs(reader, row)
-        image = self.records[shard].images[row]
-        return CachedSample(
-            key=key,
-            input_ids=reader.rows("input_ids", start, stop),
-            labels=reader.rows("labels", start, stop),
-            vision_start=vision_start if vision_start >= 0 else None,
-            attention=self._attention(reader, row) if image >= 0 else {},
-            vision_tokens=self._vision_tokens(reader, image) if image >= 0 else None,
-            top_ids=top_ids,
-            top_logprobs=top_logprobs,
-            rest_logprobs=rest,
+        return _decoded(key, self.read_batch([key]), self.spec)
+
+    def read_batch(
+        self, keys: Sequence[str], signals: Collection[Signal] = SIGNALS
+    ) -> EncodedBatch:
+        """Samples in this order, of the named signals only.
+
+        Raises:
+            KeyError: no such sample.
+            DamagedError: a file is missing or its bytes are not what was written.
+        """
+        places = [self._place(key) for key in keys]
+        with_image = [place for place in places if place.image >= 0]
+        layers = self.spec.attention_layers if "attention" in signals and with_image else ()
+        use_logprobs = "logprobs" in signals and self.spec.logprobs is not None
+        responses = [(p.reader, *p.span("response_offsets")) for p in places if use_logprobs]
+        return EncodedBatch(
+            input_ids=[_own(p, "input_ids") for p in places],
+            labels=[_own(p, "labels") for p in places],
+            attention={layer: self._attention(layer, with_image) for layer in layers},
+            vision_tokens=self._vision(with_image) if "vision_tokens" in signals else {},
+            top_ids=_joined("top_ids", responses),
+            top_logprobs=self._logprobs(responses),
+            rest_logprobs=_joined("rest_logprobs", responses),
         )
 
-    def _attention(self, reader: ShardReader, row: int) -> dict[int, npt.NDArray[np.float32]]:
-        spec = self.spec.attention
-        if spec is None:
+    def _attention(self, layer: int, places: Sequence[_Place]) -> dict[str, Array]:
+        assert self.spec.attention is not None
+        rows = [(p.reader, *p.span("query_offsets")) for p in places]
+        name, siblings = f"attention_{layer}", ENCODINGS[self.spec.attention.encoding].siblings
+        return {suffix: _padded(name + suffix, rows) for suffix in ("", *siblings)}
+
+    def _vision(self, places: Sequence[_Place]) -> dict[str, Array]:
+        if self.spec.vision_tokens is None or not places:
             return {}
-        start, stop = _span(reader, "query_offsets", row)
-        return {
-            layer: reader.decoded(f"attention_{layer}", start, stop, spec.encoding).swapaxes(0, 1)
-            for layer in spec.layers
-        }
+        siblings = ENCODINGS[self.spec.vision_tokens.encoding].siblings
+        return {suffix: _images(f"vision_tokens{suffix}", places) for suffix in ("", *siblings)}
 
-    def _vision_tokens(self, reader: ShardReader, image: int) -> npt.NDArray[np.float32] | None:
-        spec = self.spec.vision_tokens
-        if spec is None:
-            return None
-        tokens: npt.NDArray[np.float32] = reader.decoded(
-            "vision_tokens", image, image + 1, spec.encoding
-        )[0]
-        return tokens
+    def _logprobs(self, rows: Sequence[tuple[ShardReader, int, int]]) -> dict[str, Array]:
+        if not rows:
+            return {}
+        assert self.spec.logprobs is not None
+        siblings = ENCODINGS[self.spec.logprobs.encoding].siblings
+        found = {suffix: _joined(f"top_logprobs{suffix}", rows) for suffix in ("", *siblings)}
+        return {suffix: stored for suffix, stored in found.items() if stored is not None}
 
-    def _logprobs(self, reader: ShardReader, row: int) -> tuple[Any, Any, Any]:
-        spec = self.spec.logprobs
-        if spec is None:
-            return None, None, None
-        start, stop = _span(reader, "response_offsets", row)
-        rest = (
-            reader.decoded("rest_logprobs", start, stop, "float32")
-            if "rest_logprobs/zarr.json" in reader.record.files
-            else None
-        )
-        return (
-            reader.rows("top_ids", start, stop),
-            reader.decoded("top_logprobs", start, stop, spec.encoding),
-            rest,
-        )
+    def _place(self, key: str) -> _Place:
+        found = self._index.find(key)
+        if found is None:
+            raise KeyError(f"{self.root}: no sample {key!r}")
+        number, shard, row = found
+        reader = self._reader(self._index.shards[shard])
+        return _Place(reader=reader, row=row, image=int(self._index.images[number]))
 
-    def _locate(self, key: str) -> tuple[str, int]:
-        try:
-            return self._where[key]
-        except KeyError:
-            raise KeyError(f"{self.root}: no sample {key!r}") from None
-
-    def _reader(self, shard: str) -> ShardReader:
-        reader = self._open.pop(shard, None) or ShardReader(
-            root=self.root, record=self.records[shard]
-        )
-        self._open[shard] = reader
-        if len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return reader
+    def _open(self, shard: str) -> ShardReader:
+        return ShardReader(root=self.root, record=self.records[shard])
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -174,31 +220,94 @@ def open_cache(path: str | Path) -> Cache:
         MismatchError: shards of different builds lie in one folder; both values are named.
     """
     root = Path(path)
-    records = read_records(root)
-    if not records:
-        raise CacheError(f"{root}: no cache here (no records/*.json); make one with build-cache")
-    first, *others = records.values()
-    for record in others:
+    records: dict[str, ShardRecord] = {}
+    samples = IndexCollector()
+    first: ShardRecord | None = None
+    for record in tqdm(iter_records(root), unit="shard", desc="open", delay=2):
+        first = first or record
         compare(
             f"{root}: shard {record.name}", record.identity, first.identity,
             f"Shard {first.name} is the other side; keep builds that differ in their own folders.",
         )  # fmt: skip
-    return Cache(root, records)
+        samples.add(record)
+        # One identity for all: equal ones need not be held a thousand times.
+        records[record.name] = replace(
+            record, identity=first.identity, keys=(), lengths=(), images=()
+        )
+    if not records:
+        raise CacheError(f"{root}: no cache here (no records/*.json); make one with build-cache")
+    return Cache(root, records, samples.index())
 
 
-def _locate(root: Path, records: Mapping[str, ShardRecord]) -> dict[str, tuple[str, int]]:
-    where: dict[str, tuple[str, int]] = {}
-    for record in records.values():
-        for row, key in enumerate(record.keys):
-            if key in where:
-                raise MismatchError(
-                    f"{root}: sample {key!r} stands in shard {where[key][0]} and in {record.name}; "
-                    "keys must differ: pack the data again with cache-tools pack"
-                )
-            where[key] = (record.name, row)
-    return where
+def _own(place: _Place, name: str) -> npt.NDArray[np.int32]:
+    rows: npt.NDArray[Any] = place.reader.rows(name, *place.span("token_offsets"))
+    return rows
 
 
-def _span(reader: ShardReader, offsets: str, row: int) -> tuple[int, int]:
-    edges = reader.whole(offsets)
-    return int(edges[row]), int(edges[row + 1])
+def _padded(name: str, rows: Sequence[tuple[ShardReader, int, int]]) -> Array:
+    """Rows of each sample in one array, zeros behind the shorter ones."""
+    for reader, start, stop in rows:
+        reader.check_rows(name, start, stop)
+    longest = max(stop - start for _, start, stop in rows)
+    layout = rows[0][0].layout(name)
+    padded = np.empty((len(rows), longest, *layout.shape[1:]), dtype=layout.dtype)
+    for number, (reader, start, stop) in enumerate(rows):
+        reader.read_into(name, start, stop, padded[number, : stop - start])
+        padded[number, stop - start :] = 0
+    return padded
+
+
+def _images(name: str, places: Sequence[_Place]) -> Array:
+    """One row per sample; a row that two samples share is read once."""
+    for place in places:
+        place.reader.check_rows(name, place.image, place.image + 1)
+    layout = places[0].reader.layout(name)
+    rows = np.empty((len(places), *layout.shape[1:]), dtype=layout.dtype)
+    seen: dict[tuple[int, int], int] = {}
+    for number, place in enumerate(places):
+        twin = seen.setdefault((id(place.reader), place.image), number)
+        if twin == number:
+            place.reader.read_into(name, place.image, place.image + 1, rows[number : number + 1])
+        else:
+            rows[number] = rows[twin]
+    return rows
+
+
+def _joined(name: str, rows: Sequence[tuple[ShardReader, int, int]]) -> Array | None:
+    """Rows of all samples one after another; None if there are none or no such array."""
+    if not rows or not rows[0][0].has(name):
+        return None
+    for reader, start, stop in rows:
+        reader.check_rows(name, start, stop)
+    layout = rows[0][0].layout(name)
+    joined = np.empty((sum(b - a for _, a, b in rows), *layout.shape[1:]), dtype=layout.dtype)
+    end = 0
+    for reader, start, stop in rows:
+        begin, end = end, end + stop - start
+        reader.read_into(name, start, stop, joined[begin:end])
+    return joined
+
+
+def _decoded(key: str, batch: EncodedBatch, spec: CacheSpec) -> CachedSample:
+    ids = batch.input_ids[0]
+    (image,) = np.flatnonzero(ids == -200)[:1] if (ids == -200).any() else (None,)
+    vision, logprobs = spec.vision_tokens, spec.logprobs
+    return CachedSample(
+        key=key,
+        input_ids=ids,
+        labels=batch.labels[0],
+        vision_start=None if image is None else int(image),
+        attention={
+            layer: decode(spec.attention.encoding, parts)[0].swapaxes(0, 1)
+            for layer, parts in batch.attention.items()
+            if spec.attention
+        },
+        vision_tokens=decode(vision.encoding, batch.vision_tokens)[0]
+        if vision and batch.vision_tokens
+        else None,
+        top_ids=None if batch.top_ids is None else batch.top_ids.astype(np.int32),
+        top_logprobs=decode(logprobs.encoding, batch.top_logprobs)
+        if logprobs and batch.top_logprobs
+        else None,
+        rest_logprobs=batch.rest_logprobs,
+    )

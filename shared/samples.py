@@ -59,6 +59,8 @@ class TarIndex:
     "Usable as far as the headers tell, in the tar's order."
     skipped: Mapping[str, str]
     "Key -> reason."
+    sha256: str
+    "Hexadecimal, over name, type, place and size of every member: tells tars apart unread."
 
     @property
     def name(self) -> str:
@@ -122,7 +124,8 @@ def index_tar(path: Path) -> TarIndex:
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            groups = _group(tar)
+            digest = hashlib.sha256()
+            groups = _group(tar, digest)
             if not _ends_with_zero_block(path):
                 raise tarfile.ReadError("no end-of-archive mark")
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -135,7 +138,7 @@ def index_tar(path: Path) -> TarIndex:
             samples.append(_entry(key, members))
         except UnusableSample as reason:
             skipped[key] = str(reason)
-    return TarIndex(path=path, samples=tuple(samples), skipped=skipped)
+    return TarIndex(path=path, samples=tuple(samples), skipped=skipped, sha256=digest.hexdigest())
 
 
 def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
@@ -192,6 +195,21 @@ def read_sample(tar: Path, entry: SampleEntry) -> Sample:
     return Sample(key=entry.key, conversation=conversation, image=image)
 
 
+def read_image(tar: Path, entry: SampleEntry) -> bytes | None:
+    """A sample's image, still encoded, without its text; None if it has none.
+
+    Raises:
+        InputError: the tar cannot be read at all.
+    """
+    if entry.image is None:
+        return None
+    try:
+        with tar.open("rb") as file:
+            return _read(file.fileno(), entry.image)
+    except OSError as error:
+        raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
+
+
 def read_samples(
     tar: TarIndex, entries: Iterable[SampleEntry] | None = None
 ) -> Iterator[tuple[str, Sample | UnusableSample]]:
@@ -203,11 +221,15 @@ def read_samples(
             yield entry.key, reason
 
 
-def _group(tar: tarfile.TarFile) -> dict[str, list[tuple[str, Member | None]]]:
+def _group(
+    tar: tarfile.TarFile, digest: "hashlib._Hash"
+) -> dict[str, list[tuple[str, Member | None]]]:
     groups: dict[str, list[tuple[str, Member | None]]] = {}
     previous = None
     for info in tar:
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+        line = f"{info.name}\0{info.type.decode('latin-1')}\0{info.offset_data}\0{info.size}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
         if info.isdir():
             continue
         folder, _, file = info.name.rpartition("/")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.encodings import AttentionEncoding, LogprobEncoding, VisionEncoding
 from shared.strict import build, read_yaml
 
 Template = Literal["plain", "v1"]
 Aspect = Literal["pad", "square"]
-EncodingName = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class AttentionSpec:
 
     layers: tuple[int, ...]
     "Decoder layers of the teacher, counted from 0; the paper uses [0]."
-    encoding: EncodingName
+    encoding: AttentionEncoding
     "How each weight is stored."
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class AttentionSpec:
 class VisionTokensSpec:
     """v: the vision tokens after the projector, once per distinct image of a tar."""
 
-    encoding: EncodingName
+    encoding: VisionEncoding
     "How each value is stored."
 
 
@@ -49,8 +49,8 @@ class LogprobsSpec:
 
     top_k: int
     "Entries kept per response position; exact when it equals the vocabulary size."
-    encoding: EncodingName
-    "How each log-probability (nats) is stored; ids are always int32."
+    encoding: LogprobEncoding
+    "How each log-probability (nats) is stored; ids take the smallest type for the vocabulary."
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -104,6 +104,15 @@ class CacheSpec:
     def attention_layers(self) -> tuple[int, ...]:
         """Teacher layers whose attention is stored; empty if none."""
         return self.attention.layers if self.attention else ()
+
+    @property
+    def encodings(self) -> dict[str, str]:
+        """Signal -> its encoding, of the signals that are stored."""
+        signals = {
+            "attention": self.attention, "vision_tokens": self.vision_tokens,
+            "logprobs": self.logprobs,
+        }  # fmt: skip
+        return {name: signal.encoding for name, signal in signals.items() if signal is not None}
 
     @property
     def digest(self) -> str:

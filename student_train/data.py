@@ -5,7 +5,7 @@ length grouping works on one cache, and a resumed run goes on with the very next
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,22 +13,22 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int32, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from shared.cache import CachedSample
+from shared.cache import EncodedBatch, Signal
 from shared.errors import ProjectError, TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
-from shared.prompt import build_prompt
+from shared.prompt import Prompt, build_prompt
 from shared.record import Skipped
-from shared.samples import SampleEntry, TarIndex, index_tars, read_sample
+from shared.samples import SampleEntry, TarIndex, index_tars, read_image, read_sample
 from shared.sequence import SequenceBatch, pad_sequences
 from shared.spec import CacheSpec, canonical_digest
 from shared.tokenizer import Tokenizer
-from student_train.config import Recipe
+from student_train.config import LossConfig, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -46,26 +46,31 @@ class TeacherSource(Protocol):
         """Samples that it knows."""
         ...
 
-    def num_tokens(self, key: str) -> int:
-        """Length of a sample's sequence."""
+    @property
+    def lengths(self) -> Int32[np.ndarray, " samples"]:
+        """Tokens of each sample's sequence, in the order of `keys`."""
         ...
 
-    def read(self, key: str) -> CachedSample:
-        """Signals of one sample."""
+    def read_batch(self, keys: Sequence[str], signals: Collection[Signal]) -> EncodedBatch:
+        """Sequences and the named signals of some samples, as they are stored."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """Teacher signals of one batch, padded. A signal that is not used is None or absent."""
+    """Teacher signals of one batch as they are stored: decoded where the student is.
 
-    attention: dict[int, Float[Tensor, "N teacher_head Q V"]]
-    "Teacher layer -> A_tv of the samples with an image; padded rows are zero."
-    vision_tokens: Float[Tensor, "N V teacher_channel"] | None
+    Stored arrays come by suffix, as `shared.tensor_encodings.decode` takes them. A signal that is
+    not used is empty or None.
+    """
+
+    attention: dict[int, dict[str, Shaped[Tensor, "N Q teacher_head ..."]]]
+    "Teacher layer -> A_tv of the samples with an image; padded rows decode to zero."
+    vision_tokens: dict[str, Shaped[Tensor, "N ..."]]
     "Projected vision tokens of the samples with an image."
-    top_ids: Int[Tensor, "R K"] | None
+    top_ids: Shaped[Tensor, "R K"] | None
     "Likeliest tokens at the batch's response positions, sample by sample."
-    top_logprobs: Float[Tensor, "R K"] | None
+    top_logprobs: dict[str, Shaped[Tensor, "R ..."]]
     "Their log-probabilities in nats."
     rest_logprobs: Float[Tensor, " R"] | None
     "Log of the mass outside the top k; None if k is the vocabulary."
@@ -128,6 +133,8 @@ class TrainingSet(Dataset[list[int]]):
     "The student's."
     source: TeacherSource | None
     "Teacher signals, or none."
+    tars: Mapping[str, str]
+    "Name of each tar and the digest of its index."
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -143,63 +150,65 @@ class TrainingSet(Dataset[list[int]]):
 
     def __getitem__(self, numbers: Sequence[int]) -> TrainingBatch:  # type: ignore[override]
         """The batch of these samples; one with a broken image is left out and listed."""
-        ids, labels, pixels, signals = [], [], [], []
+        usable: list[_Input] = []
         skipped: list[Skipped] = []
         for number in numbers:
             tar, entry = self.entries[number]
             try:
-                sample = read_sample(tar, entry)
-                if self.source is None:
-                    prompt = build_prompt(sample.conversation, self.recipe.template, self.tokenizer)
-                    sample_ids, sample_labels = prompt.input_ids, prompt.labels
-                else:
-                    cached = self.source.read(entry.key)
-                    sample_ids, sample_labels = cached.input_ids, cached.labels
-                if sample.image is not None:
-                    pixels.append(self.processor(decode_image(sample.image)))
+                usable.append(self._input(tar, entry))
             except UnusableSample as reason:
                 skipped.append(Skipped(key=entry.key, reason=str(reason)))
-                continue
-            ids.append(sample_ids)
-            labels.append(sample_labels)
-            if self.source is not None:
-                signals.append(cached)
-        if not ids:
+        if not usable:
             raise TrainingError(
                 f"no sample of a batch can be used: {skipped[0].key}: {skipped[0].reason}"
             )
+        sequences, targets = self._sequences(usable)
+        pixels = [found.pixels for found in usable if found.pixels is not None]
         size = self.processor.size
         return TrainingBatch(
-            sequences=pad_sequences(ids, labels),
+            sequences=sequences,
             pixels=torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, 3, size, size),
-            targets=self._targets(signals) if self.source is not None else None,
+            targets=targets,
             skipped=tuple(skipped),
         )
 
-    def _targets(self, signals: Sequence[CachedSample]) -> Targets:
-        """Padded signals; those of weight 0 are left out."""
-        assert self.source is not None
-        spec, loss = self.source.spec, self.recipe.loss
-        with_image = [sample for sample in signals if sample.vision_start is not None]
-        focus = loss.vision and loss.focus_tokens
-        layers = spec.attention_layers if loss.attention or focus else ()
-        attention = {
-            layer: _pad_rows([sample.attention[layer] for sample in with_image])
-            for layer in (layers if with_image else ())
-        }
-        vision = (
-            [s.vision_tokens for s in with_image if s.vision_tokens is not None]
-            if loss.vision
-            else []
-        )
-        use_kl = bool(loss.kl) and spec.logprobs is not None
-        return Targets(
-            attention=attention,
-            vision_tokens=torch.from_numpy(np.stack(vision)) if vision else None,
-            top_ids=_join([s.top_ids for s in signals], torch.long) if use_kl else None,
-            top_logprobs=_join([s.top_logprobs for s in signals]) if use_kl else None,
-            rest_logprobs=_join([s.rest_logprobs for s in signals]) if use_kl else None,
-        )
+    def _input(self, tar: Path, entry: SampleEntry) -> "_Input":
+        """What the tar has of a sample; with a source the text is not needed."""
+        if self.source is not None:
+            image, prompt = read_image(tar, entry), None
+        else:
+            sample = read_sample(tar, entry)
+            image = sample.image
+            prompt = build_prompt(sample.conversation, self.recipe.template, self.tokenizer)
+        pixels = None if image is None else self.processor(decode_image(image))
+        return _Input(key=entry.key, pixels=pixels, prompt=prompt)
+
+    def _sequences(self, usable: Sequence["_Input"]) -> tuple[SequenceBatch, Targets | None]:
+        if self.source is None:
+            prompts = [found.prompt for found in usable if found.prompt is not None]
+            return pad_sequences([p.input_ids for p in prompts], [p.labels for p in prompts]), None
+        keys = [found.key for found in usable]
+        encoded = self.source.read_batch(keys, used_signals(self.recipe.loss))
+        return pad_sequences(encoded.input_ids, encoded.labels), _targets(encoded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Input:
+    """One sample of a batch, as far as the tar has it."""
+
+    key: str
+    pixels: npt.NDArray[np.float32] | None
+    prompt: Prompt | None
+
+
+def used_signals(loss: LossConfig) -> set[Signal]:
+    """What the loss reads; signals of weight 0 are left where they are."""
+    used: dict[Signal, bool] = {
+        "attention": loss.attention > 0 or (loss.vision > 0 and loss.focus_tokens > 0),
+        "vision_tokens": loss.vision > 0,
+        "logprobs": loss.kl > 0,
+    }
+    return {signal for signal, needed in used.items() if needed}
 
 
 def load_training_set(
@@ -242,6 +251,7 @@ def load_training_set(
         tokenizer=tokenizer,
         processor=processor,
         source=source,
+        tars={index.path.name: index.sha256 for index in indexes},
     )
 
 
@@ -356,7 +366,8 @@ def _match(where: Mapping[str, object], source: TeacherSource) -> dict[str, int]
             "%d of the %d samples in --data are not in the cache and are left out; cache-tools "
             "info says what it skipped and whether its build is complete", unknown, len(where),
         )  # fmt: skip
-    return {key: source.num_tokens(key) for key in known if key in where}
+    lengths = zip(known, source.lengths.tolist(), strict=True)
+    return {key: length for key, length in lengths if key in where}
 
 
 def _over_limit(length: int, recipe: Recipe) -> str:
@@ -369,18 +380,16 @@ def _reasons(skipped: Sequence[Skipped]) -> str:
     return "; ".join(f"{sample.key}: {sample.reason}" for sample in skipped[:3])
 
 
-def _pad_rows(pieces: Sequence[npt.NDArray[np.float32]]) -> Tensor:
-    """[H, Q, V] arrays of different Q as one [N, H, Q, V] tensor, zeros behind the shorter."""
-    longest = max(piece.shape[1] for piece in pieces)
-    heads, _, columns = pieces[0].shape
-    padded = np.zeros((len(pieces), heads, longest, columns), dtype=np.float32)
-    for row, piece in enumerate(pieces):
-        padded[row, :, : piece.shape[1]] = piece
-    return torch.from_numpy(padded)
+def _targets(encoded: EncodedBatch) -> Targets:
+    def tensors(parts: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
+        return {suffix: torch.from_numpy(stored) for suffix, stored in parts.items()}
 
-
-def _join(
-    pieces: Sequence[npt.NDArray[Any] | None], dtype: torch.dtype = torch.float32
-) -> Tensor | None:
-    present = [piece for piece in pieces if piece is not None]
-    return torch.from_numpy(np.concatenate(present)).to(dtype) if present else None
+    return Targets(
+        attention={layer: tensors(parts) for layer, parts in encoded.attention.items()},
+        vision_tokens=tensors(encoded.vision_tokens),
+        top_ids=None if encoded.top_ids is None else torch.from_numpy(encoded.top_ids),
+        top_logprobs=tensors(encoded.top_logprobs),
+        rest_logprobs=None
+        if encoded.rest_logprobs is None
+        else torch.from_numpy(encoded.rest_logprobs),
+    )

@@ -16,6 +16,7 @@ from shared.capture import QueryKey, catch_query_key, text_to_vision
 from shared.errors import ConfigError
 from shared.mobilevlm import MobileVLM
 from shared.spec import CacheSpec
+from shared.tensor_encodings import decode
 from student_train.config import LossConfig
 from student_train.data import Targets, TrainingBatch
 from student_train.losses import (
@@ -88,6 +89,7 @@ class AlignedStudent(nn.Module):
         self.loss = loss
         self.train_tower = train_tower
         self.layer_map = check_loss(loss, spec, model) if spec is not None else {}
+        self._encodings = spec.encodings if spec is not None else {}
         llama = model.llm.config
         self.adapters = (
             Adapters(teacher, tuple(self.layer_map), llama.num_attention_heads, model.width)
@@ -147,19 +149,25 @@ class AlignedStudent(nn.Module):
         caught: Mapping[int, QueryKey],
     ) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        if targets.top_ids is not None and targets.top_logprobs is not None:
+        if targets.top_ids is not None:
+            top_logprobs = decode(self._encodings["logprobs"], targets.top_logprobs)
             terms["kl"] = topk_kl(
-                logits, targets.top_ids, targets.top_logprobs, targets.rest_logprobs,
+                logits, targets.top_ids.long(), top_logprobs, targets.rest_logprobs,
                 self.loss.kl_direction,
             ).sum()  # fmt: skip
-        if targets.attention and self.loss.attention:
-            terms["attention"] = self._attention_term(batch, targets, caught)
-        if targets.vision_tokens is not None:
-            terms |= self._vision_terms(batch, targets, targets.vision_tokens, vision)
+        attention = {
+            layer: decode(self._encodings["attention"], parts).transpose(1, 2)
+            for layer, parts in targets.attention.items()
+        }
+        if attention and self.loss.attention:
+            terms["attention"] = self._attention_term(batch, attention, caught)
+        if targets.vision_tokens:
+            teacher = decode(self._encodings["vision_tokens"], targets.vision_tokens)
+            terms |= self._vision_terms(batch, attention, teacher, vision)
         return terms
 
     def _attention_term(
-        self, batch: TrainingBatch, targets: Targets, caught: Mapping[int, QueryKey]
+        self, batch: TrainingBatch, teacher: Mapping[int, Tensor], caught: Mapping[int, QueryKey]
     ) -> Tensor:
         """Mean over the named layers, summed over samples."""
         assert self.adapters is not None
@@ -171,18 +179,22 @@ class AlignedStudent(nn.Module):
             student = text_to_vision(
                 _only(caught[student_layer], keep), start, lengths, row_mask.shape[1]
             )
-            adapted = self.adapters.attention[str(teacher_layer)](targets.attention[teacher_layer])
+            adapted = self.adapters.attention[str(teacher_layer)](teacher[teacher_layer])
             errors.append(attention_mse(student, adapted, row_mask).sum())
         return torch.stack(errors).mean()
 
     def _vision_terms(
-        self, batch: TrainingBatch, targets: Targets, teacher: Tensor, vision: Tensor
+        self,
+        batch: TrainingBatch,
+        attention: Mapping[int, Tensor],
+        teacher: Tensor,
+        vision: Tensor,
     ) -> dict[str, Tensor]:
         assert self.adapters is not None
         error_NV = vision_mse(vision, self.adapters.vision(teacher))
         terms = {"vision_all": error_NV.mean(dim=1).sum()}
         if self.loss.focus_tokens:
-            shallowest = targets.attention[min(targets.attention)]
+            shallowest = attention[min(attention)]
             focus = focused_vision(shallowest, batch.row_mask, self.loss.focus_tokens)
             terms["vision_focus"] = error_NV.gather(1, focus).mean(dim=1).sum()
         return terms

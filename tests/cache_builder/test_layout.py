@@ -16,8 +16,6 @@ AXES = {
     "input_ids": ["token"],
     "labels": ["token"],
     "token_offsets": ["boundary"],
-    "vision_start": ["sample"],
-    "image_index": ["sample"],
     "vision_tokens": ["image", "vision", "channel"],
     "attention_0": ["query", "head", "vision"],
     "query_offsets": ["boundary"],
@@ -85,7 +83,8 @@ def test_types_are_those_of_the_encodings(group: zarr.Group) -> None:
     assert types["attention_0"] == types["vision_tokens"] == np.float32
     assert types["top_logprobs"] == np.float16
     assert types["rest_logprobs"] == np.float32
-    assert types["input_ids"] == types["labels"] == types["top_ids"] == np.int32
+    assert types["input_ids"] == types["labels"] == np.int32
+    assert types["top_ids"] == np.uint16  # 512 tokens
     assert {types[name] for name in types if name.endswith("_offsets")} == {np.dtype(np.int64)}
 
 
@@ -104,17 +103,16 @@ def test_plain_zarr_reads_what_the_reading_api_reads(out: Path, group: zarr.Grou
         if found.vision_start is not None:
             rows = group["attention_0"][queries]
             np.testing.assert_array_equal(rows.swapaxes(0, 1), found.attention[0])
-            image = int(group["image_index"][row])
+            image = record(out, "t").images[row]
             np.testing.assert_array_equal(group["vision_tokens"][image], found.vision_tokens)
         else:
             assert queries.start == queries.stop
-            assert group["image_index"][row] == group["vision_start"][row] == -1
+            assert record(out, "t").images[row] == -1
 
 
 def test_distinct_images_are_stored_once(out: Path, group: zarr.Group) -> None:
     assert group["vision_tokens"].shape == (2, 144, 64)
     assert record(out, "t").images == (0, -1, 0, 1, 0)
-    assert group["image_index"][:].tolist() == [0, -1, 0, 1, 0]
 
 
 def test_conversations_about_one_image_read_equal_vision_tokens(out: Path) -> None:
@@ -170,11 +168,9 @@ def test_only_records_data_and_plans_lie_in_a_cache(out: Path) -> None:
 def test_lengths_and_images_come_from_the_record_alone(out: Path) -> None:
     cache = open_cache(out)
 
-    keys = cache.keys()
-    assert [cache.has_image(key) for key in keys] == [True, False, True, True, True]
-    for key in keys:
-        vision = 143 if cache.has_image(key) else 0
-        assert cache.num_tokens(key) == len(cache.read(key).input_ids) + vision
+    assert cache.with_image.tolist() == [True, False, True, True, True]
+    ids = [len(cache.read(key).input_ids) for key in list(cache.keys())]
+    assert (cache.lengths == np.array(ids) + 143 * cache.with_image).all()
 
 
 # Shards without some signal

@@ -5,7 +5,6 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -256,26 +255,25 @@ def test_an_exception_comes_where_its_result_would_have_come() -> None:
             next(found)
 
 
-def rows(values: Sequence[int]) -> dict[str, torch.Tensor]:
-    return {"": torch.tensor(values)[:, None].repeat(1, 2), "__scale": torch.tensor(values) + 0.5}
+def rows(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8)[:, None].repeat(1, 2)
 
 
 def test_rows_land_in_the_tars_order_whatever_the_batches_were() -> None:
     arrays = ShardArrays({"query": {"a": 2, "text": 0, "b": 1, "c": 3}})
-    arrays.put("x", ("query", "vision"), ["c", "a"], rows([5, 6, 7, 1, 2]))
-    arrays.put("x", ("query", "vision"), ["b", "text"], rows([3]))
+    arrays.put("x", ("query", "vision"), ["c", "a"], rows(5, 6, 7, 1, 2))
+    arrays.put("x", ("query", "vision"), ["b", "text"], rows(3))
 
-    taken = arrays.take({"query": {"a", "text", "b", "c"}})
+    taken = arrays.take({"query": {"a", "text", "b", "c"}})["x"]
 
-    assert taken["x"][0] == ("query", "vision")
-    assert taken["x__scale"][0] == ("query",)
-    np.testing.assert_array_equal(taken["x"][1][:, 1], [1, 2, 3, 5, 6, 7])
-    np.testing.assert_array_equal(taken["x__scale"][1], [1.5, 2.5, 3.5, 5.5, 6.5, 7.5])
+    assert taken.axes == ("query", "vision")
+    np.testing.assert_array_equal(taken.values[:, 1], [1, 2, 3, 5, 6, 7])
+    assert taken.values.dtype == np.uint8
 
 
 def test_rows_of_an_owner_that_is_not_kept_are_left_out() -> None:
     arrays = ShardArrays({"query": {"a": 2, "b": 1, "c": 3}})
-    arrays.put("x", ("query", "vision"), ["a", "c"], rows([1, 2, 5, 6, 7]))
+    arrays.put("x", ("query", "vision"), ["a", "c"], rows(1, 2, 5, 6, 7))
 
-    np.testing.assert_array_equal(arrays.take({"query": {"a"}})["x"][1][:, 0], [1, 2])
+    np.testing.assert_array_equal(arrays.take({"query": {"a"}})["x"].values[:, 0], [1, 2])
     assert arrays.take({"query": set()}) == {}

@@ -60,8 +60,9 @@ def test_ids_and_labels_are_the_originals(caches: dict[str, Cache], case: str) -
 def test_lengths_are_those_of_the_expanded_sequences(caches: dict[str, Cache], case: str) -> None:
     template, key = case.split("/")
 
-    assert caches[template].num_tokens(key) == CASES[case]["seq_len"]
-    assert caches[template].has_image(key) == CASES[case]["has_image"]
+    place = caches[template].keys().index(key)
+    assert caches[template].lengths[place] == CASES[case]["seq_len"]
+    assert caches[template].with_image[place] == CASES[case]["has_image"]
 
 
 @pytest.mark.parametrize("case", WITH_IMAGE)

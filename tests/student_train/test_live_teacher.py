@@ -1,16 +1,18 @@
 """A cache stands in for the teacher: the training loop cannot tell one from the other."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from cache_builder.build import Builder
 from cache_builder.features import ShardFeatures, compute_features
 from cache_builder.prepare import TarReader, prepare
-from shared.cache import Cache, CachedSample
-from shared.encodings import decode
+from shared.cache import Cache, EncodedBatch, Signal
 from shared.samples import TarIndex, index_tar
 from shared.spec import CacheSpec
 from student_train.config import Recipe
@@ -47,39 +49,57 @@ class LiveTeacher:
     def keys(self) -> list[str]:
         return list(self._where)
 
-    def num_tokens(self, key: str) -> int:
-        (found,) = prepare(self._where[key], self.spec, self._builder.tokenizer)
-        return found.num_tokens  # type: ignore[union-attr]
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        found = [
+            next(iter(prepare(index, self.spec, self._builder.tokenizer)))
+            for index in self._where.values()
+        ]
+        return np.array([sample.num_tokens for sample in found], dtype=np.int32)  # type: ignore[union-attr]
 
-    def read(self, key: str) -> CachedSample:
-        self.runs += 1
-        index: TarIndex = self._where[key]
+    def read_batch(self, keys: Sequence[str], signals: Collection[Signal]) -> EncodedBatch:
+        self.runs += len(keys)
+        shards = [self._run(self._where[key]) for key in keys]
+        prompts = [shard.samples[0].prompt for shard in shards]
+        layers = self.spec.attention_layers
+
+        def pieces(name: str) -> list[npt.NDArray[Any]]:
+            return [shard.arrays[name].values for shard in shards if name in shard.arrays]
+
+        return EncodedBatch(
+            input_ids=[prompt.input_ids for prompt in prompts],
+            labels=[prompt.labels for prompt in prompts],
+            attention={
+                layer: {"": padded(found)}
+                for layer in layers
+                if (found := pieces(f"attention_{layer}"))
+            },
+            vision_tokens=joined(pieces("vision_tokens")),
+            top_ids=np.concatenate(pieces("top_ids")),
+            top_logprobs=joined(pieces("top_logprobs")),
+            rest_logprobs=joined(pieces("rest_logprobs")).get(""),
+        )
+
+    def _run(self, index: TarIndex) -> ShardFeatures:
         loaded = self._builder
         with TarReader(
             self.spec, loaded.tokenizer, loaded.processor, batch_size=1, pin=False
         ) as reader:
-            shard = compute_features(
+            return compute_features(
                 reader(index), loaded.teacher, self.spec, advance=lambda _: None
             )
-        (sample,) = shard.samples
-        vision = decoded(shard, "vision_tokens")
-        layers = self.spec.attention_layers if sample.image_digest else ()
-        return CachedSample(
-            key=key,
-            input_ids=sample.prompt.input_ids,
-            labels=sample.prompt.labels,
-            vision_start=sample.prompt.vision_start,
-            attention={n: decoded(shard, f"attention_{n}").swapaxes(0, 1) for n in layers},
-            vision_tokens=None if vision is None else vision[0],
-            top_ids=shard.arrays["top_ids"][1],
-            top_logprobs=decoded(shard, "top_logprobs"),
-            rest_logprobs=decoded(shard, "rest_logprobs"),
-        )
 
 
-def decoded(shard: ShardFeatures, name: str) -> Any:
-    """A float32 array of a shard, None if it has none of that name."""
-    return decode("float32", {"": shard.arrays[name][1]}) if name in shard.arrays else None
+def padded(pieces: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """[Q, H, V] arrays as one [N, Q, H, V], zeros behind the shorter."""
+    longest = max(map(len, pieces))
+    return np.stack(
+        [np.pad(piece, ((0, longest - len(piece)), (0, 0), (0, 0))) for piece in pieces]
+    )
+
+
+def joined(pieces: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {"": np.concatenate(pieces)} if pieces else {}
 
 
 def losses(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from shared.cache import Cache, open_cache
+from shared.tensor_encodings import decode
 from student_train.data import TrainingBatch
 from student_train.losses import focused_vision
 from student_train.student import AlignedStudent
@@ -93,7 +94,8 @@ def test_the_focused_vision_tokens_are_the_originals_top_16(
     _, batch = student_and_batch(case, caches, packed_tars)
     assert batch.targets is not None
 
-    found = focused_vision(batch.targets.attention[0], batch.row_mask, 16)
+    attention = decode("float32", batch.targets.attention[0]).transpose(1, 2)
+    found = focused_vision(attention, batch.row_mask, 16)
 
     assert sorted(found[0].tolist()) == CASES[case]["top16"]
 

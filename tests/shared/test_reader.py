@@ -1,0 +1,295 @@
+"""The own reader of shard files: what plain zarr reads, and a refusal of everything else."""
+
+import json
+import multiprocessing
+import pickle
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from numcodecs import zstd
+
+from shared.cache import Cache, open_cache
+from shared.encodings import decode
+from shared.reader import ArrayLayout, StoredArray
+from shared.store import put_array
+
+AXES = ("query", "head", "vision")
+
+
+def stored(folder: Path, values: npt.NDArray[Any]) -> StoredArray:
+    """`values` as this project writes them, opened by its reader."""
+    group = zarr.open_group(str(folder), mode="w", zarr_format=3)
+    put_array(group, "a", values, AXES[: values.ndim])
+    return opened(folder / "a")
+
+
+def opened(folder: Path) -> StoredArray:
+    metadata = (folder / "zarr.json").read_bytes()
+    file = folder / ArrayLayout.parse(metadata).file
+    return StoredArray.open(folder, metadata, file.stat().st_size if file.exists() else 0)
+
+
+def rows(array: StoredArray, start: int, stop: int) -> npt.NDArray[Any]:
+    out = np.full((stop - start, *array.layout.shape[1:]), 77, dtype=array.layout.dtype)
+    array.read_into(start, stop, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> tuple[StoredArray, npt.NDArray[Any]]:
+    """An array of several chunks, the last of which is not full."""
+    values = np.random.default_rng(0).integers(0, 9, (101, 40, 37), dtype=np.int32)
+    array = stored(tmp_path_factory.mktemp("numbers"), values)
+    assert array.layout.num_chunks > 8
+    assert len(values) % array.layout.chunk_rows
+    return array, values
+
+
+@given(one=st.integers(0, 101), other=st.integers(0, 101))
+def test_any_rows_are_those_that_were_written(
+    numbers: tuple[StoredArray, npt.NDArray[Any]], one: int, other: int
+) -> None:
+    array, values = numbers
+    start, stop = sorted((one, other))
+
+    assert (rows(array, start, stop) == values[start:stop]).all()
+
+
+@pytest.mark.parametrize("span", [(-1, 3), (5, 4), (100, 102), (2**62, 2**62)])
+def test_rows_that_are_not_there_are_refused(
+    numbers: tuple[StoredArray, npt.NDArray[Any]], span: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match="of an array that has 101"):
+        numbers[0].read_into(*span, np.zeros(0, dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "uint16", "uint32", "int32", "int64", "float16", "float32"]
+)
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (1,), (5, 2), (3, 4, 6), (20000,)])
+def test_every_type_and_shape_that_is_written_is_read(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...]
+) -> None:
+    values = (np.arange(np.prod(shape)).reshape(shape) % 200).astype(dtype)
+    array = stored(tmp_path, values)
+
+    assert array.layout.shape == shape
+    assert (rows(array, 0, len(values)) == values).all()
+
+
+def change(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
+    def edit(metadata: Any) -> None:
+        for part in path[:-1]:
+            metadata = metadata[part]
+        metadata[path[-1]] = value
+
+    return edit
+
+
+SHARDING = ("codecs", 0, "configuration")
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (change("shape", value=[2**40, 4, 6]), "larger than"),
+        (change("shape", value=[3, 4, -6]), "expected 1 to 4 sizes"),
+        (change("shape", value=[3, 4, 6.0]), "expected 1 to 4 sizes"),
+        (change("shape", value="3"), "expected 1 to 4 sizes"),
+        (change("shape", value=[True, 4, 6]), "expected 1 to 4 sizes"),
+        (change("shape", value=[1] * 9), "expected 1 to 4 sizes"),
+        (change(*SHARDING, "chunk_shape", value=[2**40, 4, 6]), "larger than"),
+        (change(*SHARDING, "chunk_shape", value=[0, 4, 6]), "expected 1 to 4 sizes"),
+        (change(*SHARDING, "chunk_shape", value=[3, 2, 6]), "whole rows"),
+        (change("data_type", value="object"), "data_type is 'object'"),
+        (change("data_type", value={"name": "struct"}), "data_type is"),
+        (change("data_type", value="float64"), "data_type is 'float64'"),
+        (change("codecs", value=[]), "not that of a sharded array"),
+        (change("codecs", value=[{"name": "numcodecs.pickle"}]), "not that of a sharded array"),
+        (change(*SHARDING, "codecs", 1, "name", value="numcodecs.pickle"), "differs"),
+        (change(*SHARDING, "codecs", value=[{"name": "bytes"}]), "not that of a sharded array"),
+        (change(*SHARDING, "codecs", 1, "configuration", "level", value="3"), "differs"),
+        (change(*SHARDING, "index_location", value="end"), "differs"),
+        (change("fill_value", value=1), "differs"),
+        (change("attributes", value={"more": 1}), "differs"),
+        (change("storage_transformers", value=[{"name": "x"}]), "differs"),
+        (change("chunk_key_encoding", "configuration", "separator", value="."), "differs"),
+    ],
+)
+def test_metadata_of_any_other_array_is_refused(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    stored(tmp_path, np.zeros((3, 4, 6), dtype=np.float32))
+    path = tmp_path / "a" / "zarr.json"
+    metadata = json.loads(path.read_text())
+    edit(metadata)
+    path.write_text(json.dumps(metadata))
+
+    with pytest.raises(ValueError, match=reason):
+        opened(tmp_path / "a")
+
+
+def shard(*chunks: bytes, index: list[tuple[int, int]] | None = None) -> bytes:
+    """A shard file of these chunks, each with a true checksum, and by default a true index."""
+    sealed = [chunk + struct.pack("<I", google_crc32c.value(chunk)) for chunk in chunks]
+    begin, entries = 16 * len(sealed) + 4, []
+    for chunk in sealed:
+        entries.append((begin, len(chunk)))
+        begin += len(chunk)
+    table = b"".join(struct.pack("<QQ", *entry) for entry in index or entries)
+    return table + struct.pack("<I", google_crc32c.value(table)) + b"".join(sealed)
+
+
+@pytest.fixture
+def forged(tmp_path: Path) -> Callable[[bytes], StoredArray]:
+    """Opens an array [3, 4, 6] of float32 (288 bytes, one chunk) with another shard file."""
+
+    def open_forged(content: bytes) -> StoredArray:
+        array = stored(tmp_path, np.zeros((3, 4, 6), dtype=np.float32))
+        array.path.write_bytes(content)
+        return opened(tmp_path / "a")
+
+    return open_forged
+
+
+def test_a_forged_shard_file_with_true_contents_is_read(
+    forged: Callable[[bytes], StoredArray],
+) -> None:
+    """So that the refusals below are for what they say."""
+    values = np.arange(72, dtype=np.float32).reshape(3, 4, 6)
+
+    array = forged(shard(zstd.compress(values.tobytes(), 3)))
+
+    assert (rows(array, 0, 3) == values).all()
+
+
+@pytest.mark.parametrize("size", [0, 287, 289, 2**34])
+def test_a_chunk_that_inflates_to_another_size_is_refused(
+    forged: Callable[[bytes], StoredArray], size: int
+) -> None:
+    frame = zstd.compress(bytes(min(size, 2**20)), 3)
+    if size > 2**20:  # a header that promises 16 GiB: 8 bytes of content size
+        frame = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", size) + frame[9:]
+
+    with pytest.raises(ValueError, match=rf"inflates to {size} bytes, expected 288"):
+        rows(forged(shard(frame)), 0, 3)
+
+
+@pytest.mark.parametrize(
+    "frame", [b"", b"\x80\x04N.", b"\x28\xb5\x2f\xfd\x00\x58" + bytes(30), bytes(200)]
+)
+def test_a_chunk_that_is_no_zstd_frame_is_refused(
+    forged: Callable[[bytes], StoredArray], frame: bytes
+) -> None:
+    with pytest.raises(ValueError, match=r"inflates to None|empty chunk"):
+        rows(forged(shard(frame)), 0, 3)
+
+
+def test_a_frame_with_damage_under_a_true_checksum_is_refused(
+    forged: Callable[[bytes], StoredArray],
+) -> None:
+    frame = bytearray(zstd.compress(np.random.default_rng(0).bytes(288), 3))
+    del frame[-5:]
+
+    with pytest.raises(ValueError, match="cannot be inflated"):
+        rows(forged(shard(bytes(frame))), 0, 3)
+
+
+@pytest.mark.parametrize(
+    "entry", [(0, 30), (20, 2**63), (2**64 - 1, 2**64 - 1), (20, 0), (2**40, 40), (19, 40)]
+)
+def test_an_index_that_leads_elsewhere_is_refused(
+    forged: Callable[[bytes], StoredArray], entry: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match="the index"):
+        forged(shard(zstd.compress(bytes(288), 3), index=[entry]))
+
+
+def test_two_chunks_in_one_place_are_refused(tmp_path: Path) -> None:
+    values = np.zeros((300, 16, 16), dtype=np.float32)
+    array = stored(tmp_path, values)
+    frame = zstd.compress(bytes(array.layout.chunk_rows * array.layout.row_bytes), 3)
+    size = len(frame) + 4
+    begin = 16 * array.layout.num_chunks + 4
+    index = [(begin, size)] * array.layout.num_chunks
+    table = b"".join(struct.pack("<QQ", *entry) for entry in index)
+    array.path.write_bytes(
+        table + struct.pack("<I", google_crc32c.value(table)) + frame
+        + struct.pack("<I", google_crc32c.value(frame))
+    )  # fmt: skip
+
+    with pytest.raises(ValueError, match="one chunk after another"):
+        opened(tmp_path / "a")
+
+
+def test_a_batch_is_its_samples_padded_in_order(cache: Cache) -> None:
+    keys = [key for key in cache.keys() if cache.read(key).vision_start is not None]  # noqa: SIM118
+    batch = cache.read_batch(keys[::-1])
+
+    for number, key in enumerate(keys[::-1]):
+        alone = cache.read(key)
+        attention = decode("float32", batch.attention[0])[number].swapaxes(0, 1)
+        own = alone.attention[0].shape[1]
+        assert (attention[:, :own] == alone.attention[0]).all()
+        assert (attention[:, own:] == 0).all()
+        assert (decode("float32", batch.vision_tokens)[number] == alone.vision_tokens).all()
+        assert (batch.input_ids[number] == alone.input_ids).all()
+    expected = np.concatenate([cache.read(key).top_ids for key in keys[::-1]])
+    assert batch.top_ids is not None
+    assert (batch.top_ids == expected).all()
+
+
+def test_signals_that_are_not_asked_for_are_not_read(cache: Cache) -> None:
+    batch = cache.read_batch(cache.keys(), signals=())
+
+    assert not batch.attention
+    assert not batch.vision_tokens
+    assert batch.top_ids is None
+
+
+def digest(cache: Cache, key: str) -> int:
+    found = cache.read(key)
+    parts = [found.input_ids, found.labels, found.top_ids, found.top_logprobs]
+    return hash(tuple(part.tobytes() for part in parts if part is not None))
+
+
+def test_threads_read_one_cache_at_once(cache_path: Path) -> None:
+    cache = open_cache(cache_path)
+    keys = cache.keys() * 20
+    expected = [digest(open_cache(cache_path), key) for key in keys]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda key: digest(cache, key), keys)) == expected
+
+
+def _sums(cache: Cache) -> list[int]:
+    return [int(cache.read(key).input_ids.sum()) for key in cache.keys()]  # noqa: SIM118
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_read_a_cache_that_was_opened_before_they_were(
+    cache_path: Path, method: str
+) -> None:
+    cache = open_cache(cache_path)
+    expected = _sums(cache)
+
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(_sums, [cache] * 4) == [expected] * 4
+
+
+def test_a_pickled_cache_finds_its_keys(cache: Cache) -> None:
+    again = pickle.loads(pickle.dumps(cache))
+
+    assert again.keys() == cache.keys()
+    assert all(key in again for key in cache.keys())  # noqa: SIM118
+    assert "nowhere" not in again

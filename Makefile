@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop clean
+.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -21,6 +21,10 @@ seeds: .venv/.demo
 	$(BIN)/python -m benchmarks.seeds
 kill-loop: .venv/.dev
 	$(BIN)/python -m benchmarks.kill_train
+build-costs: .venv/.dev
+	$(BIN)/python -m benchmarks.build
+memory: .venv/.dev
+	$(BIN)/python -m benchmarks.memory
 
 clean:
 	rm -rf .venv demo-run

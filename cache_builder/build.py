@@ -2,23 +2,29 @@
 
 The unit of work, of commit and of resume is one tar. A build may be killed at any moment and run
 again; several builds may write to one folder.
+
+The stages overlap, so that the slowest sets the pace: while the teacher runs on one tar, threads
+read the next one and decode the coming images, and another writes the shard before. Each is at
+most one tar ahead or behind, so memory is bounded by the size of a shard, not by their number.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cache_builder.features import (
-    PreparedSample,
-    compute_features,
-    prepare,
-    write_features,
-)
+from cache_builder.ahead import Ahead
+from cache_builder.committed import ADVICE, Committed
+from cache_builder.features import ShardFeatures, compute_features, write_features
+from cache_builder.prepare import PreparedTar, TarReader
+from cache_builder.skips import SkipBudget, SkipLimit
+from cache_builder.stopping import Stopped, StopRequest
 from cache_builder.teacher import Teacher
 from shared.errors import InputError
 from shared.images import ImageProcessor
@@ -26,10 +32,8 @@ from shared.plan import plan_file
 from shared.record import (
     FORMAT,
     ShardRecord,
-    Skipped,
     TarFacts,
     compare,
-    read_records,
     shard_name,
 )
 from shared.samples import TarIndex, index_tars, refuse_repeated_keys, tar_sha256
@@ -52,6 +56,8 @@ class BuildReport:
     "Samples stored by this run."
     skipped: int
     "Samples of this run that could not be used."
+    left: int = 0
+    "Shards still to build, because the run was asked to stop."
 
 
 @dataclass(kw_only=True)
@@ -81,63 +87,70 @@ class Builder:
         }
 
 
-def build_cache(builder: Builder, tars: Sequence[Path], out: Path) -> BuildReport:
+def build_cache(
+    builder: Builder,
+    tars: Sequence[Path],
+    out: Path,
+    *,
+    max_skipped: SkipLimit | None = None,
+    stop: StopRequest | None = None,
+) -> BuildReport:
     """Build every shard that is not there yet.
+
+    Args:
+        max_skipped: how many samples may be lost; None for any number.
+        stop: looked at between batches; the shard in work is dropped, those before it stay.
 
     Raises:
         MismatchError: `out` holds shards of another spec, teacher, tokenizer or tar.
-        InputError: tars that cannot be read, after all others have been built.
+        InputError: tars that cannot be read, after all others have been built; or more samples
+            that cannot be used than `max_skipped`: the shard that crosses it is not committed.
         CacheError: `out` cannot be written.
     """
+    stop = stop or StopRequest()
     names = [shard_name(tar) for tar in tars]
     indexes, broken = index_tars(tars)
-    pending = find_pending(builder.identity, indexes, out)
+    committed = Committed(out, builder.identity)
+    pending = find_pending(committed.records, indexes, out)
+    limit = max_skipped or SkipLimit.parse("100%")
+    budget = SkipBudget.of(limit, indexes, committed.records)
     write_plan(out, names)
-    built = samples = skipped = 0
+    stop.is_watched = True
     total = sum(len(index.samples) + len(index.skipped) for index in pending)
     with (
         tqdm(total=total, unit="sample", desc="build", smoothing=0.05) as bar,
         logging_redirect_tqdm(),
     ):
-        written = 0
-        for index in pending:
-            record = _build_shard(builder, index, out, bar.update)
-            built, samples = built + 1, samples + len(record.keys)
-            skipped += len(record.skipped)
-            size = sum(file.size for file in record.files.values())
-            written += size
-            bar.set_postfix_str(_rate(written, bar.format_dict["elapsed"], skipped))
-            log.info(
-                "shard=%s samples=%d skipped=%d bytes=%d", record.name, len(record.keys),
-                len(record.skipped), size,
-            )  # fmt: skip
-    if broken:
+        progress = _Progress(bar, stop)
+        for shard in _build_shards(builder, pending, out, committed, budget, progress.advance):
+            progress.committed(shard)
+    if broken and not stop.requested:
         raise InputError(
             f"{len(broken)} of {len(tars)} tars could not be read, the others are built: "
             + "; ".join(map(str, broken[:3]))
         )
     return BuildReport(
-        built=built, present=len(indexes) - len(pending), samples=samples, skipped=skipped
+        built=progress.built,
+        present=len(indexes) - len(pending) + progress.taken,
+        samples=progress.samples,
+        skipped=progress.skipped,
+        left=len(pending) - progress.built - progress.taken,
     )
 
 
 def find_pending(
-    identity: Mapping[str, Any], indexes: Sequence[TarIndex], out: Path
+    records: Mapping[str, ShardRecord], indexes: Sequence[TarIndex], out: Path
 ) -> list[TarIndex]:
-    """Tars without a record; those with one must have been built from the same things.
+    """Tars without a record; those with one must be what their shard was built from.
 
     Raises:
         MismatchError: names both values.
         InputError: a pending tar holds a sample that a shard of another tar holds already.
     """
-    records = read_records(out)
-    advice = "Build into another folder, or use what this cache was built with."
-    for record in records.values():
-        compare(f"{out}: shard {record.name}", record.identity, identity, advice)
     for index in tqdm(indexes, unit="tar", desc="check", delay=2):
         if index.name in records:
             there = vars(records[index.name].tar)
-            compare(f"{out}: shard {index.name}: tar", there, vars(tar_facts(index)), advice)
+            compare(f"{out}: shard {index.name}: tar", there, vars(tar_facts(index)), ADVICE)
     pending = [index for index in indexes if index.name not in records]
     stored = {key: record.tar.name for record in records.values() for key in record.keys}
     refuse_repeated_keys(pending, stored)
@@ -156,29 +169,70 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
 
 
 def tar_facts(index: TarIndex) -> TarFacts:
-    """Name, size and digest of a tar."""
+    """Name, size and digests of a tar."""
     return TarFacts(
-        name=index.path.name, size=index.path.stat().st_size, sha256=tar_sha256(index.path)
+        name=index.path.name,
+        size=index.path.stat().st_size,
+        sha256=tar_sha256(index.path),
+        index_sha256=index.sha256,
     )
 
 
-def _build_shard(
-    builder: Builder, index: TarIndex, out: Path, advance: Callable[[int], object]
-) -> ShardRecord:
-    usable: list[PreparedSample] = []
-    skipped: list[Skipped] = []
-    for item in prepare(index, builder.spec, builder.tokenizer):
-        if isinstance(item, Skipped):
-            skipped.append(item)
-            advance(1)
-        else:
-            usable.append(item)
-    features = compute_features(
-        usable, builder.teacher, builder.processor, builder.spec,
-        batch_size=builder.batch_size, advance=advance,
+def _build_shards(
+    builder: Builder,
+    pending: Sequence[TarIndex],
+    out: Path,
+    committed: Committed,
+    budget: SkipBudget,
+    advance: Callable[[int], object],
+) -> Iterator[ShardRecord | None]:
+    """Records of the shards, in the tars' order, each when it is committed; None where another
+    build was faster. A stop drops the tar in work and lets the write under way finish.
+    """
+    with _prepared(builder, pending) as tars, ThreadPoolExecutor(1, "write") as writer:
+        commit: Future[ShardRecord] | None = None
+        with suppress(Stopped):
+            for tar in tars:
+                committed.refresh()
+                if tar.index.name in committed.records:
+                    advance(len(tar.samples) + len(tar.skipped))
+                    yield None
+                    continue
+                features = compute_features(tar, builder.teacher, builder.spec, advance=advance)
+                if commit is not None:
+                    yield commit.result()
+                    commit = None
+                budget.spend(features.skipped)
+                commit = writer.submit(commit_shard, builder, tar.index, features, out)
+                del tar, features  # the writer's now: gone as soon as they are written
+        if commit is not None:
+            yield commit.result()
+
+
+@contextmanager
+def _prepared(builder: Builder, pending: Sequence[TarIndex]) -> Iterator[Iterator[PreparedTar]]:
+    reader = TarReader(
+        builder.spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size,
+        pin=builder.teacher.device.type == "cuda",
     )  # fmt: skip
-    skipped += features.skipped
-    for sample in skipped:
+    pool = ThreadPoolExecutor(1, "read")
+    with reader:
+        try:
+            yield Ahead(reader, pending, pool, depth=1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def commit_shard(
+    builder: Builder, index: TarIndex, features: ShardFeatures, out: Path
+) -> ShardRecord:
+    """Write a tar's features as a shard.
+
+    Raises:
+        CacheError: the cache cannot be written.
+        InputError: the tar cannot be read any more.
+    """
+    for sample in features.skipped:
         log.warning("shard=%s skipped=%s reason=%s", index.name, sample.key, sample.reason)
     with new_shard(
         out,
@@ -189,12 +243,36 @@ def _build_shard(
         keys=tuple(sample.key for sample in features.samples),
         lengths=tuple(sample.num_tokens for sample in features.samples),
         images=tuple(features.images),
-        skipped=tuple(skipped),
+        skipped=tuple(features.skipped),
     ) as shard:
         write_features(shard, features, builder.spec)
     assert shard.record is not None
     return shard.record
 
 
-def _rate(written: int, elapsed: float, skipped: int) -> str:
-    return f"{written / 1e6 / max(elapsed, 1e-9):.1f} MB/s, {skipped} skipped"
+class _Progress:
+    """Counts what is done; says so on the bar and in the log; looks whether to stop."""
+
+    def __init__(self, bar: "tqdm[Never]", stop: StopRequest) -> None:
+        self._bar, self._stop = bar, stop
+        self.built = self.taken = self.samples = self.skipped = self.size = 0
+
+    def advance(self, samples: int) -> None:
+        self._bar.update(samples)
+        self._stop.check()
+
+    def committed(self, record: ShardRecord | None) -> None:
+        if record is None:
+            self.taken += 1
+            return
+        size = sum(file.size for file in record.files.values())
+        self.built += 1
+        self.samples += len(record.keys)
+        self.skipped += len(record.skipped)
+        self.size += size
+        rate = self.size / 1e6 / max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(f"{rate:.1f} MB/s, {self.skipped} skipped")
+        log.info(
+            "shard=%s samples=%d skipped=%d bytes=%d", record.name, len(record.keys),
+            len(record.skipped), size,
+        )  # fmt: skip

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_AGAIN = "run the same command again to continue"
 
 
 @click.command(cls=Command, name="build-cache")
@@ -40,43 +41,56 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--batch-size", default=16, show_default=True, type=click.IntRange(min=1),
     help="Samples per forward pass; changes speed and memory, not content.",
 )  # fmt: skip
+@click.option(
+    "--max-skipped", default="1%", show_default=True, metavar="SHARE|COUNT",
+    help="Stop when more samples than this cannot be used: a share of all samples in --data, "
+    "rounded up, or a count.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Log a line per shard to stderr.")
 def build_cache(
     spec: Path, teacher: str, vision_tower: str | None, data: tuple[str, ...], out: Path,
-    device: str | None, dtype: str | None, batch_size: int, dry_run: bool, as_json: bool,
-    verbose: bool,
+    device: str | None, dtype: str | None, batch_size: int, max_skipped: str, dry_run: bool,
+    as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Run a teacher once over tars and store what Align-KD needs of it.
 
     One shard per tar, committed as a whole: kill it at any moment and run the same command again to
-    continue. Several runs may build into one folder.
+    continue. SIGTERM stops it cleanly, with exit code 0. Several runs may build into one folder.
     """
     configure_logging(verbose)
+    from cache_builder.skips import SkipLimit
+    from cache_builder.stopping import Stopped, stop_on_sigterm
     from shared.samples import expand_tars
     from shared.spec import CacheSpec
 
-    loaded_spec, tars = CacheSpec.load(spec), expand_tars(data)
+    loaded_spec, tars, limit = CacheSpec.load(spec), expand_tars(data), SkipLimit.parse(max_skipped)
     if dry_run:
         _dry_run(loaded_spec, teacher, vision_tower, tars, as_json)
         return
-    from cache_builder import build
-    from cache_builder.setup import load_builder
+    try:
+        with stop_on_sigterm() as stop:
+            from cache_builder import build
+            from cache_builder.setup import load_builder
 
-    builder = load_builder(
-        loaded_spec, teacher, vision_tower=vision_tower, device=device, dtype=dtype,
-        batch_size=batch_size,
-    )  # fmt: skip
-    report = build.build_cache(builder, tars, out)
+            builder = load_builder(
+                loaded_spec, teacher, vision_tower=vision_tower, device=device, dtype=dtype,
+                batch_size=batch_size,
+            )  # fmt: skip
+            report = build.build_cache(builder, tars, out, max_skipped=limit, stop=stop)
+    except Stopped:
+        click.echo(f"{out}: stopped by SIGTERM before a shard was built; {_AGAIN}")
+        return
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report)))
-    else:
-        click.echo(
-            f"{out}: {report.built} shards built, {report.present} were there; "
-            f"{report.samples} samples stored, {report.skipped} skipped "
-            f"(see cache-tools info {out})"
-        )
+        return
+    stopped = f"; stopped by SIGTERM with {report.left} shards left: {_AGAIN}"
+    click.echo(
+        f"{out}: {report.built} shards built, {report.present} were there; "
+        f"{report.samples} samples stored, {report.skipped} skipped "
+        f"(see cache-tools info {out}){stopped if report.left else ''}"
+    )
 
 
 @click.group(cls=Group, name="cache-tools")
@@ -130,19 +144,19 @@ def _dry_run(
     spec: "object", teacher: str, vision_tower: str | None, tars: list[Path], as_json: bool
 ) -> None:
     from cache_builder.estimate import estimate
+    from cache_builder.setup import load_teacher_tokenizer
     from cache_builder.teacher import check_spec
     from shared.checkpoint import ModelFolder
     from shared.mobilevlm import read_config
     from shared.samples import index_tars
     from shared.spec import CacheSpec
-    from shared.tokenizer import load_tokenizer
 
     assert isinstance(spec, CacheSpec)
     folder = ModelFolder(teacher)
     config = read_config(folder, vision_tower)
     check_spec(spec, config)
     indexes, _ = index_tars(tars)
-    found = estimate(indexes, spec, config, load_tokenizer(folder.path))
+    found = estimate(indexes, spec, config, load_teacher_tokenizer(folder, config))
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(found), "size": found.size}, indent=1))
     else:

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 from tqdm import tqdm
 
-from cache_builder.features import PreparedSample, prepare
+from cache_builder.prepare import PreparedSample, prepare
 from shared.encodings import ENCODINGS, id_dtype
 from shared.mobilevlm import NUM_VISION, VLMConfig
 from shared.record import Skipped
@@ -74,6 +74,7 @@ def estimate(
             if isinstance(item, Skipped):
                 skipped.append(item)
             else:
+                item.image = None  # its digest is enough
                 usable.append(item)
     examined = len(usable) + len(skipped)
     scale = total / max(1, examined)
@@ -88,13 +89,9 @@ def estimate(
 def _signals(
     samples: Sequence[PreparedSample], spec: CacheSpec, config: VLMConfig, scale: float
 ) -> list[SignalSize]:
-    text_rows = sum(
-        s.num_tokens - s.prompt.vision_start - NUM_VISION
-        for s in samples
-        if s.prompt.vision_start is not None
-    )
+    text_rows = sum(s.num_text_rows for s in samples)
     images = len({s.image_digest for s in samples if s.image_digest})
-    responses = sum(int((s.prompt.labels[1:] != -100).sum()) for s in samples)
+    responses = sum(s.num_responses for s in samples)
     tokens = sum(len(s.prompt.input_ids) for s in samples)
     llama = config.llama
     signals = [SignalSize(signal="sequence", unit="token", unit_bytes=8.0, units=tokens * scale)]

@@ -1,331 +1,244 @@
-"""From one tar to the arrays of one shard: read, run the teacher, encode. Nothing is written here.
+"""From one prepared tar to the arrays of one shard: run the teacher, encode. Nothing is written.
 
 Every distinct image of the tar goes through the tower once, however many conversations share it.
-Samples are run in batches of similar length and encoded one by one, so that a batch's composition
-leaves no trace in what is stored.
+Samples run in batches of similar length. What comes out is encoded on the teacher's device, every
+row on its own, so that a batch's composition leaves no trace in what is stored; only encoded rows
+are kept until the tar is done.
+
+Axes: N image, H head, Q text row, V vision token, C channel, R response position, K top-k entry.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cache_builder.arrays import Axes, ShardArray, ShardArrays
+from cache_builder.prepare import PixelBatch, PreparedSample, PreparedTar
 from cache_builder.teacher import Signals, Teacher
 from shared.encodings import ENCODINGS, id_dtype
-from shared.errors import UnusableSample
-from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
-from shared.prompt import Prompt, build_prompt
 from shared.record import Skipped
-from shared.samples import Sample, TarIndex, read_samples
-from shared.sequence import SequenceBatch, pad_sequences
+from shared.sequence import pad_sequences
 from shared.spec import CacheSpec
 from shared.store import ShardWriter
 from shared.tensor_encodings import encode
-from shared.tokenizer import Tokenizer
 
-Parts = dict[str, npt.NDArray[np.generic]]
-
-
-@dataclass(kw_only=True)
-class PreparedSample:
-    """A sample that fits: its prompt, and its image while that has not been run."""
-
-    key: str
-    "WebDataset key."
-    prompt: Prompt
-    "Ids and labels."
-    image: bytes | None
-    "Encoded image."
-    image_digest: str | None
-    "sha256 of the encoded image."
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of the expanded sequence."""
-        return self.prompt.num_tokens(NUM_VISION)
-
-
-@dataclass(kw_only=True)
-class SampleFeatures:
-    """Encoded signals of one sample: array name -> stored parts."""
-
-    attention: dict[str, Parts] = field(default_factory=dict)
-    "`attention_<layer>` -> parts, rows first; empty for text only."
-    top_ids: npt.NDArray[np.unsignedinteger] | None = None
-    "[response positions, k], in the smallest type that holds the vocabulary."
-    top_logprobs: Parts = field(default_factory=dict)
-    "Encoded [response positions, k]."
-    rest_logprobs: npt.NDArray[np.float32] | None = None
-    "[response positions]"
+_AS_IT_IS = ENCODINGS["float32"]
 
 
 @dataclass(kw_only=True)
 class ShardFeatures:
     """All that a shard holds, encoded, in the tar's order."""
 
-    samples: list[PreparedSample] = field(default_factory=list)
+    samples: list[PreparedSample]
     "Samples that are stored."
-    features: list[SampleFeatures] = field(default_factory=list)
-    "Of each sample."
-    images: list[int] = field(default_factory=list)
+    images: list[int]
     "Row of each sample in `vision_tokens`; -1 for text only."
-    vision_tokens: list[Parts] = field(default_factory=list)
-    "Encoded tokens of each distinct image."
-    skipped: list[Skipped] = field(default_factory=list)
-    "Samples that are not stored."
-
-
-def prepare(
-    tar: TarIndex, spec: CacheSpec, tokenizer: Tokenizer
-) -> Iterator[PreparedSample | Skipped]:
-    """Read a tar's samples and build their prompts; those that cannot be used come as Skipped."""
-    for key, reason in tar.skipped.items():
-        yield Skipped(key=key, reason=reason)
-    for key, sample in read_samples(tar):
-        try:
-            yield _prepare(sample, spec, tokenizer)
-        except UnusableSample as unusable:
-            yield Skipped(key=key, reason=str(unusable))
+    arrays: dict[str, ShardArray]
+    "The teacher's signals by array name, siblings included."
+    skipped: list[Skipped]
+    "Samples of the tar that are not stored."
 
 
 def compute_features(
-    samples: Sequence[PreparedSample],
-    teacher: Teacher,
-    processor: ImageProcessor,
-    spec: CacheSpec,
-    *,
-    batch_size: int,
-    advance: Callable[[int], object],
+    tar: PreparedTar, teacher: Teacher, spec: CacheSpec, *, advance: Callable[[int], object]
 ) -> ShardFeatures:
-    """Run the teacher over prepared samples.
+    """Run the teacher over a prepared tar.
 
     Args:
-        batch_size: samples (and images) per forward pass.
         advance: told the number of samples that are done, for the progress bar.
     """
-    vision, skipped_images = _run_tower(samples, teacher, processor, batch_size)
-    skipped: dict[str, str] = {
-        sample.key: skipped_images[sample.image_digest]
-        for sample in samples
-        if sample.image_digest in skipped_images
-    }
-    advance(len(skipped))
-    usable = [sample for sample in samples if sample.key not in skipped]
-    features: dict[str, SampleFeatures] = {}
-    for batch in _by_length(usable, batch_size):
-        for sample, found in zip(batch, _run_batch(batch, teacher, vision), strict=True):
-            try:
-                features[sample.key] = _encode(found, spec)
-            except UnusableSample as unusable:
-                skipped[sample.key] = str(unusable)
+    advance(len(tar.skipped))
+    run = _TarRun(tar=tar, teacher=teacher, spec=spec)
+    for batch in tar.batches:
+        run.batch(batch)
         advance(len(batch))
-    return _collect(usable, features, vision, skipped, spec)
+    return run.finish()
 
 
 def write_features(shard: ShardWriter, features: ShardFeatures, spec: CacheSpec) -> None:
     """Put everything of a shard into its arrays (see `cache_specs/format.md`)."""
     prompts = [sample.prompt for sample in features.samples]
-    _put_ragged(shard, "input_ids", [p.input_ids for p in prompts], ("token",))
-    _put_ragged(shard, "labels", [p.labels for p in prompts], ("token",))
-    shard.put("token_offsets", _offsets([len(p.input_ids) for p in prompts]), ("boundary",))
-    if spec.vision_tokens is not None:
-        axes = ("image", "vision", "channel")
-        encoding = spec.vision_tokens.encoding
-        _put_parts(shard, "vision_tokens", encoding, features.vision_tokens, axes)
+    if prompts:
+        shard.put("input_ids", np.concatenate([p.input_ids for p in prompts]), ("token",))
+        shard.put("labels", np.concatenate([p.labels for p in prompts]), ("token",))
+    _put_offsets(shard, "token_offsets", [len(p.input_ids) for p in prompts])
+    for name, array in features.arrays.items():
+        shard.put(name, array.values, array.axes, zstd_level=array.zstd_level)
     if spec.attention is not None:
-        for layer in spec.attention_layers:
-            name = f"attention_{layer}"
-            pieces = [f.attention[name] for f in features.features if f.attention]
-            _put_parts(shard, name, spec.attention.encoding, pieces, ("query", "head", "vision"))
-        rows = [_rows(f.attention) for f in features.features]
-        shard.put("query_offsets", _offsets(rows), ("boundary",))
+        _put_offsets(shard, "query_offsets", [sample.num_text_rows for sample in features.samples])
     if spec.logprobs is not None:
-        _write_logprobs(shard, features.features, spec.logprobs.encoding)
-
-
-def _write_logprobs(shard: ShardWriter, features: Sequence[SampleFeatures], encoding: str) -> None:
-    ids = [f.top_ids for f in features if f.top_ids is not None]
-    rest = [f.rest_logprobs for f in features if f.rest_logprobs is not None]
-    _put_ragged(shard, "top_ids", ids, ("response", "top"))
-    pieces = [f.top_logprobs for f in features]
-    _put_parts(shard, "top_logprobs", encoding, pieces, ("response", "top"))
-    if rest:
-        _put_ragged(shard, "rest_logprobs", rest, ("response",))
-    shard.put("response_offsets", _offsets([len(found) for found in ids]), ("boundary",))
-
-
-def _prepare(
-    sample: Sample | UnusableSample, spec: CacheSpec, tokenizer: Tokenizer
-) -> PreparedSample:
-    if isinstance(sample, UnusableSample):
-        raise sample
-    prompt = build_prompt(sample.conversation, spec.template, tokenizer)
-    length = prompt.num_tokens(NUM_VISION)
-    if length > spec.max_tokens:
-        raise UnusableSample(f"{length} tokens, at most {spec.max_tokens}")
-    return PreparedSample(
-        key=sample.key, prompt=prompt, image=sample.image, image_digest=sample.image_digest
-    )
-
-
-def _run_tower(
-    samples: Sequence[PreparedSample], teacher: Teacher, processor: ImageProcessor, batch_size: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Vision tokens by image digest, and digests of images that cannot be used with the reason."""
-    distinct = {s.image_digest: s.image for s in samples if s.image is not None and s.image_digest}
-    tokens: dict[str, Tensor] = {}
-    unusable: dict[str, str] = {}
-    digests = list(distinct)
-    for start in range(0, len(digests), batch_size):
-        pixels: dict[str, npt.NDArray[np.float32]] = {}
-        for digest in digests[start : start + batch_size]:
-            try:
-                pixels[digest] = processor(decode_image(distinct[digest]))
-            except UnusableSample as reason:
-                unusable[digest] = str(reason)
-        if pixels:
-            stacked = torch.from_numpy(np.stack(list(pixels.values())))
-            tokens |= dict(zip(pixels, teacher.vision_tokens(stacked).cpu(), strict=True))
-    for digest, found in tokens.items():
-        if not bool(found.isfinite().all()):
-            unusable[digest] = "NaN or infinity in the teacher's vision tokens"
-    return tokens, unusable
-
-
-def _by_length(
-    samples: Sequence[PreparedSample], batch_size: int
-) -> Iterator[list[PreparedSample]]:
-    ordered = sorted(samples, key=lambda sample: (sample.num_tokens, sample.key))
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Raw:
-    """One sample's signals in float32, cut out of its batch."""
-
-    attention: dict[int, npt.NDArray[np.float32]]
-    top_ids: npt.NDArray[np.unsignedinteger] | None
-    top_logprobs: npt.NDArray[np.float32] | None
-    rest_logprobs: npt.NDArray[np.float32] | None
-
-
-def _run_batch(
-    batch: Sequence[PreparedSample], teacher: Teacher, vision: dict[str, Tensor]
-) -> Iterator[_Raw]:
-    sequences = pad_sequences(
-        [sample.prompt.input_ids for sample in batch], [sample.prompt.labels for sample in batch]
-    )
-    of_batch = [vision[sample.image_digest] for sample in batch if sample.image_digest]
-    none = torch.zeros(0, NUM_VISION, teacher.config.llama.hidden_size)
-    stacked = torch.stack(of_batch) if of_batch else none
-    ids = id_dtype(teacher.config.llama.vocab_size)
-    yield from _split(teacher.signals(sequences, stacked), sequences, ids)
-
-
-def _split(signals: Signals, batch: SequenceBatch, ids: type[np.unsignedinteger]) -> Iterator[_Raw]:
-    top_ids = None if signals.top_ids is None else signals.top_ids.cpu().numpy().astype(ids)
-    attention = {layer: _numpy(values) for layer, values in signals.attention.items()}
-    top_logprobs = None if signals.top_logprobs is None else _numpy(signals.top_logprobs)
-    rest = None if signals.rest_logprobs is None else _numpy(signals.rest_logprobs)
-    image = response = 0
-    for row in range(len(batch.lengths)):
-        has_image, num_rows = bool(batch.with_image[row]), int(batch.num_text_rows[row])
-        stop = response + int(batch.response_mask[row].sum())
-        yield _Raw(
-            attention={k: v[image, :, :num_rows] for k, v in attention.items()}
-            if has_image
-            else {},
-            top_ids=None if top_ids is None else top_ids[response:stop],
-            top_logprobs=None if top_logprobs is None else top_logprobs[response:stop],
-            rest_logprobs=None if rest is None else rest[response:stop],
+        _put_offsets(
+            shard, "response_offsets", [sample.num_responses for sample in features.samples]
         )
-        image, response = image + has_image, stop
 
 
-def _encode(raw: _Raw, spec: CacheSpec) -> SampleFeatures:
-    features = SampleFeatures(top_ids=raw.top_ids)
-    if spec.attention is not None:
-        for layer, values in raw.attention.items():
-            rows_first = values.swapaxes(0, 1)
-            features.attention[f"attention_{layer}"] = _encode_signal(
-                f"attention of layer {layer}", spec.attention.encoding, rows_first
+@dataclass(kw_only=True)
+class _TarRun:
+    """One tar on its way through the teacher."""
+
+    tar: PreparedTar
+    teacher: Teacher
+    spec: CacheSpec
+    arrays: ShardArrays = field(init=False)
+    uses: Counter[str] = field(init=False)
+    "Samples that are still to run, by image digest."
+    vision: dict[str, Tensor] = field(default_factory=dict)
+    "Vision tokens, unencoded, of the images that such samples show."
+    unusable: dict[str, str] = field(default_factory=dict)
+    "Digests of images that cannot be used -> the reason."
+    skipped: dict[str, str] = field(default_factory=dict)
+    "Keys of samples that cannot be used -> the reason."
+
+    def __post_init__(self) -> None:
+        samples = self.tar.samples
+        self.uses = Counter(_digests(samples))
+        self.arrays = ShardArrays(
+            {
+                "image": dict.fromkeys(self.uses, 1),
+                "query": {sample.key: sample.num_text_rows for sample in samples},
+                "response": {sample.key: sample.num_responses for sample in samples},
+            }
+        )
+
+    def batch(self, samples: Sequence[PreparedSample]) -> None:
+        """Run one batch, after the tower has run on the images that it still lacks."""
+        digests = _digests(samples)
+        while not self.vision.keys() | self.unusable.keys() >= set(digests):
+            self._run_tower(next(self.tar.pixels))
+        self._skip({s.key: self.unusable.get(s.image_digest or "") for s in samples})
+        usable = [sample for sample in samples if sample.key not in self.skipped]
+        if usable and (self.spec.attention or self.spec.logprobs):
+            self._run_decoder(usable)
+        self.uses.subtract(digests)
+        for digest in digests:
+            if not self.uses[digest]:
+                self.vision.pop(digest, None)
+
+    def finish(self) -> ShardFeatures:
+        """What of the tar is stored."""
+        samples = [sample for sample in self.tar.samples if sample.key not in self.skipped]
+        late = [sample.key for sample in self.tar.samples if sample.key in self.skipped]
+        rows = {digest: row for row, digest in enumerate(dict.fromkeys(_digests(samples)))}
+        keys = {sample.key for sample in samples}
+        return ShardFeatures(
+            samples=samples,
+            images=[rows[s.image_digest] if s.image_digest else -1 for s in samples],
+            arrays=self.arrays.take({"image": rows, "query": keys, "response": keys}),
+            skipped=self.tar.skipped + [Skipped(key=k, reason=self.skipped[k]) for k in late],
+        )
+
+    def _run_tower(self, batch: PixelBatch) -> None:
+        self.unusable |= batch.unusable
+        if not batch.digests:
+            return
+        tokens_NVC = self.teacher.vision_tokens(batch.pixels)
+        found = dict(zip(batch.digests, tokens_NVC, strict=True))
+        finite = tokens_NVC.flatten(1).isfinite().all(dim=1).tolist()
+        self.unusable |= {
+            digest: "NaN or infinity in the teacher's vision tokens"
+            for digest, good in zip(found, finite, strict=True)
+            if not good
+        }
+        good = [digest for digest in found if digest not in self.unusable]
+        if self.spec.vision_tokens is not None and good:
+            self.unusable |= self._store(
+                "vision tokens", "vision_tokens", ("image", "vision", "channel"),
+                self.spec.vision_tokens.encoding, dict.fromkeys(good, 1),
+                tokens_NVC if all(finite) else torch.stack([found[digest] for digest in good]),
+            )  # fmt: skip
+        self.vision |= {d: tokens for d, tokens in found.items() if d not in self.unusable}
+
+    def _run_decoder(self, samples: Sequence[PreparedSample]) -> None:
+        sequences = pad_sequences(
+            [sample.prompt.input_ids for sample in samples],
+            [sample.prompt.labels for sample in samples],
+        )
+        vision = [self.vision[digest] for digest in _digests(samples)]
+        none = torch.zeros(0, NUM_VISION, self.teacher.config.llama.hidden_size)
+        signals = self.teacher.signals(sequences, torch.stack(vision) if vision else none)
+        self._store_attention(signals, samples)
+        self._store_logprobs(signals, samples)
+
+    def _store_attention(self, signals: Signals, samples: Sequence[PreparedSample]) -> None:
+        rows = {s.key: s.num_text_rows for s in samples if s.image_digest is not None}
+        for layer, values in signals.attention.items():
+            assert self.spec.attention is not None
+            refused = self._store(
+                f"attention of layer {layer}", f"attention_{layer}", ("query", "head", "vision"),
+                self.spec.attention.encoding, rows, values,
+            )  # fmt: skip
+            self._skip(refused)
+
+    def _store_logprobs(self, signals: Signals, samples: Sequence[PreparedSample]) -> None:
+        if self.spec.logprobs is None or signals.top_ids is None or signals.top_logprobs is None:
+            return
+        rows = {sample.key: sample.num_responses for sample in samples}
+        dtype = getattr(torch, id_dtype(self.teacher.config.llama.vocab_size).__name__)
+        ids = {"": signals.top_ids.to(dtype)}
+        self.arrays.put("top_ids", ("response", "top"), _AS_IT_IS, list(rows), ids)
+        self._skip(
+            self._store(
+                "log-probabilities", "top_logprobs", ("response", "top"),
+                self.spec.logprobs.encoding, rows, signals.top_logprobs,
             )
-    if spec.logprobs is not None and raw.top_logprobs is not None:
-        name = "log-probabilities"
-        features.top_logprobs = _encode_signal(name, spec.logprobs.encoding, raw.top_logprobs)
-        if raw.rest_logprobs is not None:
-            parts = _encode_signal(name, "float32", raw.rest_logprobs)
-            features.rest_logprobs = parts[""].astype(np.float32, copy=False)
-    return features
+        )  # fmt: skip
+        if signals.rest_logprobs is not None:
+            self._skip(
+                self._store(
+                    "log-probabilities", "rest_logprobs", ("response",), "float32", rows,
+                    signals.rest_logprobs,
+                )
+            )  # fmt: skip
+
+    def _store(
+        self,
+        signal: str,
+        name: str,
+        axes: Axes,
+        encoding: str,
+        num_rows: Mapping[str, int],
+        values: Tensor,
+    ) -> dict[str, str]:
+        """Encode the rows of several owners and put them into an array; owners refused, and why."""
+        refused: dict[str, str] = {}
+        try:
+            parts = encode(encoding, values)
+        except ValueError:
+            split = torch.split(values, list(num_rows.values()))
+            pieces = dict(zip(num_rows, split, strict=True))
+            refused = _refused(encoding, pieces)
+            pieces = {owner: piece for owner, piece in pieces.items() if owner not in refused}
+            parts = encode(encoding, torch.cat(list(pieces.values()))) if pieces else {}
+        owners = [owner for owner in num_rows if owner not in refused]
+        self.arrays.put(name, axes, ENCODINGS[encoding], owners, parts)
+        return {owner: f"the teacher's {signal} {why}" for owner, why in refused.items()}
+
+    def _skip(self, reasons: Mapping[str, str | None]) -> None:
+        for key, reason in reasons.items():
+            if reason is not None:
+                self.skipped.setdefault(key, reason)
 
 
-def _encode_signal(name: str, encoding: str, values: npt.NDArray[np.float32]) -> Parts:
-    try:
-        parts = encode(encoding, torch.from_numpy(values))
-    except ValueError as error:
-        raise UnusableSample(f"the teacher's {name} {error}") from error
-    return {suffix: stored.numpy() for suffix, stored in parts.items()}
+def _refused(encoding: str, pieces: Mapping[str, Tensor]) -> dict[str, str]:
+    refused = {}
+    for owner, piece in pieces.items():
+        try:
+            encode(encoding, piece)
+        except ValueError as error:
+            refused[owner] = str(error)
+    return refused
 
 
-def _collect(
-    samples: Sequence[PreparedSample],
-    features: dict[str, SampleFeatures],
-    vision: dict[str, Tensor],
-    skipped: dict[str, str],
-    spec: CacheSpec,
-) -> ShardFeatures:
-    shard = ShardFeatures()
-    image_rows: dict[str, int] = {}
-    for sample in samples:
-        digest = sample.image_digest
-        if sample.key in skipped:
-            continue
-        if digest and digest not in image_rows:
-            if spec.vision_tokens is not None:
-                try:
-                    tokens = _numpy(vision[digest])[None]
-                    parts = _encode_signal("vision tokens", spec.vision_tokens.encoding, tokens)
-                except UnusableSample as reason:
-                    skipped[sample.key] = str(reason)
-                    continue
-                shard.vision_tokens.append(parts)
-            image_rows[digest] = len(image_rows)
-        shard.samples.append(sample)
-        shard.features.append(features[sample.key])
-        shard.images.append(image_rows[digest] if digest else -1)
-    shard.skipped = [Skipped(key=key, reason=reason) for key, reason in skipped.items()]
-    return shard
+def _digests(samples: Iterable[PreparedSample]) -> list[str]:
+    """Image digests of the samples that have an image."""
+    return [sample.image_digest for sample in samples if sample.image_digest is not None]
 
 
-def _put_ragged(
-    shard: ShardWriter, name: str, pieces: Sequence[npt.NDArray[np.generic]], axes: tuple[str, ...]
-) -> None:
-    if pieces:
-        shard.put(name, np.concatenate(pieces), axes)
-
-
-def _put_parts(
-    shard: ShardWriter, name: str, encoding: str, pieces: Sequence[Parts], axes: tuple[str, ...]
-) -> None:
-    for suffix in pieces[0] if pieces else ():
-        joined = np.concatenate([piece[suffix] for piece in pieces])
-        stored_axes = ENCODINGS[encoding].axes(suffix, axes)
-        level = ENCODINGS[encoding].zstd_level if suffix == "" else 3
-        shard.put(name + suffix, joined, stored_axes, zstd_level=level)
-
-
-def _rows(attention: dict[str, Parts]) -> int:
-    return len(next(iter(attention.values()))[""]) if attention else 0
-
-
-def _offsets(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-
-
-def _numpy(values: Tensor) -> npt.NDArray[np.float32]:
-    return values.float().cpu().numpy()
+def _put_offsets(shard: ShardWriter, name: str, lengths: Sequence[int]) -> None:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    shard.put(name, offsets, ("boundary",))

@@ -7,8 +7,9 @@ from cache_builder.teacher import Teacher
 from shared.checkpoint import ModelFolder
 from shared.errors import ConfigError
 from shared.images import ImageProcessor
+from shared.mobilevlm import VLMConfig
 from shared.spec import CacheSpec
-from shared.tokenizer import load_tokenizer
+from shared.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 
 def load_builder(
@@ -36,10 +37,21 @@ def load_builder(
     return Builder(
         spec=spec,
         teacher=loaded,
-        tokenizer=load_tokenizer(folder.path),
+        tokenizer=load_teacher_tokenizer(folder, loaded.config),
         processor=ImageProcessor(loaded.config.tower_folder, spec.image_aspect),
         batch_size=batch_size,
     )
+
+
+def load_teacher_tokenizer(folder: ModelFolder, config: VLMConfig) -> Tokenizer:
+    """The tokenizer in the teacher's folder.
+
+    Raises:
+        CheckpointError: there is none, or not for this teacher.
+    """
+    tokenizer = load_tokenizer(folder.path)
+    check_vocabulary(tokenizer, config.llama.vocab_size, folder.name)
+    return tokenizer
 
 
 def pick_device(name: str | None) -> torch.device:

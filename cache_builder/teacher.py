@@ -4,8 +4,8 @@ First-layer attention and vision tokens need the tower, the projector, the token
 layer's norm, q and k projections: about 1/200 of a 7B decoder's arithmetic. Tensors that the spec
 does not need are not read, and the files that hold only those need not exist.
 
-Axes: B sample, N image, H head, Q text row, V vision token, C channel, R response position,
-K top-k entry.
+Axes: B sample, N image, H head, Q text row (of all samples), V vision token, C channel,
+R response position, K top-k entry.
 """
 
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ _COSMETIC = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "u
 class Signals:
     """What the teacher says about one batch. Text-only samples have no attention."""
 
-    attention: dict[int, Float[Tensor, "N H Q V"]]
-    "Layer -> A_tv of the samples with an image, in batch order, rows padded."
+    attention: dict[int, Float[Tensor, "Q H V"]]
+    "Layer -> A_tv: text rows of the samples with an image, one sample after another."
     top_ids: Int[Tensor, "R K"] | None
     "Likeliest tokens at the response positions of all samples, one after another."
     top_logprobs: Float[Tensor, "R K"] | None
@@ -82,6 +82,11 @@ class Teacher:
         self._model.to(device).eval().requires_grad_(False)
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What of the teacher decides the bytes; nothing of where it lies."""
         return {
@@ -98,7 +103,9 @@ class Teacher:
     @torch.inference_mode()
     def vision_tokens(self, pixels: Float[Tensor, "N 3 S S"]) -> Float[Tensor, "N V C"]:
         """Projected vision tokens, in the teacher's dtype."""
-        tokens: Tensor = self._model.encode_images(pixels.to(self._device, self._dtype))
+        # Moved first: the device converts faster, and what is pinned is copied as it lies.
+        there = pixels.to(self._device, non_blocking=True).to(self._dtype)
+        tokens: Tensor = self._model.encode_images(there)
         return tokens
 
     @torch.inference_mode()
@@ -108,13 +115,14 @@ class Teacher:
         Args:
             vision: vision tokens of the samples that have an image, in batch order.
         """
+        num_rows = int(batch.num_text_rows.max())  # before the batch moves: no wait for the device
         batch = batch.to(self._device)
         attention: dict[int, Tensor] = {}
         last = None
         for hidden, layer, caught in self._decode(batch, vision.to(self._device)):
             last = hidden
-            if caught is not None and bool(batch.with_image.any()):
-                attention[layer] = _image_attention(caught, batch)
+            if caught is not None and num_rows:
+                attention[layer] = _image_attention(caught, batch, num_rows)
         top_ids = top_logprobs = rest = None
         if self._spec.logprobs is not None and last is not None:
             final = self._model.llm.model.norm(last)[batch.response_mask]
@@ -226,13 +234,17 @@ def config_digest(config: VLMConfig) -> str:
     return canonical_digest({"model": published, "tower": tower})
 
 
-def _image_attention(caught: QueryKey, batch: SequenceBatch) -> Tensor:
+def _image_attention(
+    caught: QueryKey, batch: SequenceBatch, num_rows: int
+) -> Float[Tensor, "Q H V"]:
     keep = batch.with_image
     chosen = QueryKey(
         query=caught.query[keep], key=caught.key[keep], cos=caught.cos, sin=caught.sin
     )
-    rows = int(batch.num_text_rows.max())
-    return text_to_vision(chosen, batch.vision_start[keep], batch.lengths[keep], rows)
+    start, lengths = batch.vision_start[keep], batch.lengths[keep]
+    weight_NHQV = text_to_vision(chosen, start, lengths, num_rows)
+    real_NQ = torch.arange(num_rows, device=lengths.device) < batch.num_text_rows[keep][:, None]
+    return weight_NHQV.transpose(1, 2)[real_NQ]
 
 
 def _read(folder: ModelFolder, config: VLMConfig, needed: set[str]) -> dict[str, Tensor]:

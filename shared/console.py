@@ -12,11 +12,16 @@ from shared.errors import ProjectError, printable
 
 
 class OneLineErrors:
-    """Mixin for click commands: our own errors in one line; any other keeps its traceback."""
+    """Mixin for click commands: our own errors and Ctrl-C in one line; any other error keeps its
+    traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)  # type: ignore[misc]
+        except KeyboardInterrupt:
+            click.echo("Interrupted: what was committed stays, nothing half counts", err=True)
+            ctx.exit(130)  # as shells count a process that SIGINT ended
         except ProjectError as error:
             raise click.ClickException(printable(str(error))) from error
 

@@ -21,6 +21,11 @@ from shared.errors import CheckpointError, UnusableSample
 from shared.spec import Aspect
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+_EFFECTIVE = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+    "do_normalize", "image_mean", "image_std", "do_convert_rgb",
+)  # fmt: skip
+"Settings that decide pixels."
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -90,7 +95,9 @@ class ImageProcessor:
             self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil(**settings)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: no CLIP image processor's ({error})") from error
-        self._settings = settings
+        # As the processor understands them: a file may leave defaults out or write 336 for a pair.
+        effective = self._processor.to_dict()
+        self._settings = json.loads(json.dumps({name: effective[name] for name in _EFFECTIVE}))
         self._aspect = aspect
 
     @property

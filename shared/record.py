@@ -8,7 +8,7 @@ before use: a cache may come from a stranger.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,12 @@ class TarFacts:
     "Bytes."
     sha256: str
     "Hexadecimal."
+    index_sha256: str
+    "Over name, type, place and size of its members: compared where reading all is too slow."
 
     def __post_init__(self) -> None:
         check_file(self.size, self.sha256)
+        check_file(self.size, self.index_sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,17 +211,32 @@ def iter_records(root: Path) -> Iterator[ShardRecord]:
         yield ShardRecord.load(root / RECORDS / f"{name}.json")
 
 
-def compare(name: str, found: Mapping[str, Any], expected: Mapping[str, Any], advice: str) -> None:
+def compare(
+    name: str,
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    advice: str,
+    accept: Collection[str] = (),
+) -> dict[str, tuple[Any, Any]]:
     """Refuse two identities that differ.
 
     Args:
         name: whose identity `found` is, for the message.
         advice: what to do about it.
+        accept: values, or sections of them, that may differ: `template`, `tokenizer`.
+
+    Returns:
+        What differs and is accepted: its name, the value found, the value expected.
 
     Raises:
         MismatchError: names up to three differing values, both sides.
     """
-    unequal = list(differences(found, expected))
+    unequal, accepted = [], {}
+    for path, ours, theirs in differences(found, expected):
+        if any(path == one or path.startswith(f"{one}.") for one in accept):
+            accepted[path] = (ours, theirs)
+        else:
+            unequal.append((path, ours, theirs))
     if unequal:
         text = "; ".join(
             f"{path}: {shown(ours)} there, {shown(theirs)} here"
@@ -226,6 +244,7 @@ def compare(name: str, found: Mapping[str, Any], expected: Mapping[str, Any], ad
         )
         more = f" (and {len(unequal) - 3} more)" if len(unequal) > 3 else ""
         raise MismatchError(f"{name} does not fit: {text}{more}. {advice}")
+    return accepted
 
 
 def differences(

@@ -64,6 +64,8 @@ class TarIndex:
     "Usable as far as the headers tell, in the tar's order."
     skipped: Mapping[str, str]
     "Key -> reason."
+    sha256: str
+    "Hexadecimal, over name, type, place and size of every member: tells tars apart unread."
 
     @property
     def name(self) -> str:
@@ -126,8 +128,9 @@ def index_tar(path: Path) -> TarIndex:
         InputError: not a tar, cut short, or of more samples than a shard may hold.
     """
     try:
+        digest = hashlib.sha256()
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            groups = _group(tar)
+            groups = _group(tar, digest)
             if not _ends_with_zero_block(path):
                 raise tarfile.ReadError("no end-of-archive mark")
     # tarfile raises all of these on damaged headers; a chain of long names ends its recursion.
@@ -149,7 +152,7 @@ def index_tar(path: Path) -> TarIndex:
             f"{path}: {len(groups)} samples, at most {MAX_SAMPLES} in a tar; pack it anew "
             "(cache-tools pack --samples-per-tar)"
         )
-    return TarIndex(path=path, samples=tuple(samples), skipped=skipped)
+    return TarIndex(path=path, samples=tuple(samples), skipped=skipped, sha256=digest.hexdigest())
 
 
 def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
@@ -245,7 +248,9 @@ class _Headers(io.BufferedReader):
         return super().read(size)
 
 
-def _group(tar: tarfile.TarFile) -> dict[str, list[tuple[str, Member | None]]]:
+def _group(
+    tar: tarfile.TarFile, digest: "hashlib._Hash"
+) -> dict[str, list[tuple[str, Member | None]]]:
     groups: dict[str, list[tuple[str, Member | None]]] = {}
     previous = None
     for number, info in enumerate(tar):
@@ -254,6 +259,8 @@ def _group(tar: tarfile.TarFile) -> dict[str, list[tuple[str, Member | None]]]:
             raise tarfile.ReadError(f"a member of {info.size} bytes")
         if number > 8 * MAX_SAMPLES:
             raise tarfile.ReadError(f"over {number} members")
+        line = f"{info.name}\0{info.type.decode('latin-1')}\0{info.offset_data}\0{info.size}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
         if info.isdir():
             continue
         folder, _, file = info.name.rpartition("/")

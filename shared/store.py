@@ -3,17 +3,19 @@
 A shard is data first, record last. Data goes to a folder of its own that no reader looks at; then
 one small JSON record names that folder and the digest of every file. The record is the shard: crash
 before it, and the shard does not exist; after it, and it is whole. Two workers on one tar write two
-folders and one of the two equal records stays.
+folders and one of the two equal records stays. Why so: docs/commit.md.
 
 Arrays are plain Zarr v3: one shard file per array (one write, one writer), small inner chunks,
 zstd, and a crc32c on every chunk that is checked whenever it is read.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
 
 from shared.errors import CacheError
-from shared.record import DATA, RECORDS, ShardRecord, StoredFile
+from shared.record import DATA, RECORDS, ShardRecord, StoredFile, compare
 
 _CHUNK_BYTES = 64 * 1024
 """Inner chunk before compression: a 7B sample's attention (128 rows of 8 bits) is 9 of them.
@@ -54,22 +56,25 @@ class ShardWriter:
 
 @contextmanager
 def new_shard(root: Path, name: str, **facts: Any) -> Iterator[ShardWriter]:
-    """A writer; the shard is committed if the block ends without an exception.
+    """A writer; the shard is committed if the block ends without an exception, else dropped.
 
     Args:
         facts: the fields of ShardRecord besides `name`, `data` and `files`.
 
     Raises:
         CacheError: the cache cannot be written (read-only, full, no permission).
+        MismatchError: another build committed this shard meanwhile, from something else.
     """
     data = f"{DATA}/{name}-{uuid.uuid4().hex[:8]}"
     try:
-        group = zarr.open_group(str(root / data), mode="w-", zarr_format=3)
-        writer = ShardWriter(group=group)
-        yield writer
-        record = ShardRecord(name=name, data=data, files=_seal(root / data), **facts)
-        _put(root / RECORDS / f"{name}.json", record.to_json().encode())
-        writer.record = record
+        with _dropped_on_failure(root / data):
+            _make_folder(root / DATA)
+            group = zarr.open_group(str(root / data), mode="w-", zarr_format=3)
+            writer = ShardWriter(group=group)
+            yield writer
+            record = ShardRecord(name=name, data=data, files=_seal(root / data), **facts)
+        # From here on the record may name the folder, whatever is raised: it stays.
+        writer.record = _commit(root, record)
     except OSError as error:
         raise CacheError(
             f"{root}: shard {name} cannot be written ({error.strerror or error}); nothing of it "
@@ -118,6 +123,16 @@ def put_array(
         array[...] = values
 
 
+@contextmanager
+def _dropped_on_failure(folder: Path) -> Iterator[None]:
+    """Give the space of a shard that comes to nothing back: it may be what the disk lacks."""
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(folder, ignore_errors=True)  # what stays is never read; gc sweeps it
+        raise
+
+
 def _seal(folder: Path) -> dict[str, StoredFile]:
     """Digest every file and push it, and the folders that name it, to the disk."""
     files = {}
@@ -135,20 +150,54 @@ def _seal(folder: Path) -> dict[str, StoredFile]:
     return files
 
 
+def _commit(root: Path, record: ShardRecord) -> ShardRecord:
+    """Put the record in place, or take the one that another build put there meanwhile."""
+    path = root / RECORDS / f"{record.name}.json"
+    if path.exists():
+        there = ShardRecord.load(path)
+        for what, found, ours in (
+            ("", there.identity, record.identity), (": tar", vars(there.tar), vars(record.tar)),
+        ):  # fmt: skip
+            advice = "Keep builds that differ in their own folders."
+            compare(f"{root}: shard {record.name}{what}", found, ours, advice)
+        shutil.rmtree(root / record.data, ignore_errors=True)
+        return there
+    _make_folder(path.parent)
+    _sync_folder(root)  # a run that was killed may have made these folders and not got here
+    _put(path, record.to_json().encode())
+    return record
+
+
 def _put(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, each known to the disk before the next."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts know no such
+            raise
     finally:
         os.close(descriptor)

@@ -38,11 +38,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         CheckpointError: no tokenizer.model, or not a Llama tokenizer.
     """
     from transformers import LlamaTokenizer
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     if not (folder / "tokenizer.model").is_file():
         raise CheckpointError(f"{folder}: no tokenizer.model; expected a MobileVLM or Llama folder")
     try:
-        tokenizer: Tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=True)
+        tokenizer: Tokenizer = LlamaTokenizer.from_pretrained(
+            # No limit here: it would only warn of long texts, which the spec's max_tokens refuses.
+            str(folder), legacy=True, model_max_length=VERY_LARGE_INTEGER,
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: tokenizer cannot be read ({error})") from error
     if tokenizer.bos_token_id is None or tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
@@ -52,6 +56,30 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise CheckpointError(f"{folder}: tokenizer.model holds no vocabulary")
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Refuse a tokenizer that gives ids for which the model has no embedding.
+
+    Special tokens that no template writes may lie beyond it: prompts refuse their text.
+
+    Raises:
+        CheckpointError: names the id and the model's vocabulary.
+    """
+    written = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    token, largest = max(
+        (
+            (token, number)
+            for token, number in tokenizer.get_vocab().items()
+            if token not in tokenizer.all_special_tokens or number in written
+        ),
+        key=lambda pair: pair[1],
+    )
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer gives id {largest} (for {token!r}), but vocab_size "
+            f"is {vocab_size}; take the tokenizer.model that the model was trained with"
+        )
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:

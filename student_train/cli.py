@@ -38,13 +38,19 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="Change one value of the recipe, as in optim.lr=1e-4. Repeatable.",
 )  # fmt: skip
 @click.option("--eval-data", multiple=True, help="Held-out tars, written like --data. Repeatable.")
+@click.option(
+    "--accept-mismatch", multiple=True, metavar="NAME[,NAME]",
+    help="Train though this differs between cache and run, named as the refusal names it: "
+    "template, tokenizer, image_processor.settings, tar, .... Kept in run.json and the export.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
 @click.option("--cpu", is_flag=True, help="Do not use a GPU even if there is one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train_student(
     cache: Path | None, data: tuple[str, ...], student: str, vision_tower: str | None,
     adapters: Path | None, out: Path, recipe: str, settings: tuple[str, ...],
-    eval_data: tuple[str, ...], resume: bool, cpu: bool, as_json: bool,
+    eval_data: tuple[str, ...], accept_mismatch: tuple[str, ...], resume: bool, cpu: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Train a student on tars, with all losses of Align-KD if there is a cache.
 
@@ -61,6 +67,7 @@ def train_student(
         Inputs(
             data=data, eval_data=eval_data, student=student, vision_tower=vision_tower,
             cache=cache, adapters=adapters,
+            accept=tuple(name for names in accept_mismatch for name in names.split(",")),
         ),
         out, resume=resume, cpu=cpu,
     )  # fmt: skip

@@ -133,6 +133,8 @@ class TrainingSet(Dataset[list[int]]):
     "The student's."
     source: TeacherSource | None
     "Teacher signals, or none."
+    tars: Mapping[str, str]
+    "Name of each tar and the digest of its index."
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -249,6 +251,7 @@ def load_training_set(
         tokenizer=tokenizer,
         processor=processor,
         source=source,
+        tars={index.path.name: index.sha256 for index in indexes},
     )
 
 

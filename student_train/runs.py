@@ -54,16 +54,21 @@ class RunFolder:
             settings: recipe and identities of what the run uses.
 
         Raises:
-            TrainingError: names both values.
+            TrainingError: names up to three differing values, both sides.
         """
         if not self._settings.is_file():
             return
-        for name, old, new in differences(_read_settings(self._settings), settings):
-            if name.removeprefix("recipe.") not in WATCHING:
-                raise TrainingError(
-                    f"{self.path}: cannot be resumed: {name} was {old!r} and is {new!r} now; use "
-                    "what the run began with, or another --out"
-                )
+        changed = [
+            f"{name} was {old!r} and is {new!r} now"
+            for name, old, new in differences(_read_settings(self._settings), settings)
+            if name.removeprefix("recipe.") not in WATCHING
+        ]
+        if changed:
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+            raise TrainingError(
+                f"{self.path}: cannot be resumed: {'; '.join(changed[:3])}{more}; use what the run "
+                "began with, or another --out"
+            )
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Claim the folder."""

@@ -27,6 +27,10 @@ from student_train.student import AlignedStudent, TeacherShape
 
 log = logging.getLogger(__name__)
 
+Mismatches = dict[str, tuple[Any, Any]]
+"Name of what differs -> the cache's value, the run's value."
+_ACCEPT = "name it in --accept-mismatch, which the run and its export will say."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -44,6 +48,8 @@ class Inputs:
     "Teacher cache; None for plain supervised training."
     adapters: Path | None
     "Adapters of an earlier stage."
+    accept: Sequence[str] = ()
+    "What may differ between cache and run, by the names that a refusal gives."
 
 
 def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu: bool) -> Outcome:
@@ -62,18 +68,23 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     model = load_model(folder, inputs.vision_tower)
     tokenizer = load_tokenizer(folder.path)
     processor = ImageProcessor(model.config.tower_folder, recipe.image_aspect)
+    accepted = {}
     if cache is not None:
-        check_fit(cache, recipe, tokenizer, model, inputs.student)
+        accepted = check_fit(cache, recipe, tokenizer, processor, model, inputs)
     student = _make_student(model, recipe, cache, inputs.adapters)
     tars = expand_tars(inputs.data)
-    if cache is not None:
-        check_tars(cache, tars)
     training_set = load_training_set(tars, recipe, tokenizer, processor, cache)
+    if cache is not None:
+        accepted |= check_tars(cache, tars, training_set.tars, inputs.accept)
+    refuse_unused(inputs.accept, accepted)
     settings = {
         "recipe": recipe.to_dict(),
         "student_weights": weights_digest(student.state_dict()),
         "cache": cache_identity(cache) if cache else None,
         "data": training_set.identity,
+        "accepted_mismatches": {
+            name: {"cache": there, "run": here} for name, (there, here) in accepted.items()
+        },
     }
     run.check_settings(settings)
     accelerator.wait_for_everyone()  # all processes have looked before one of them writes
@@ -94,50 +105,96 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
 
 
 def check_fit(
-    cache: Cache, recipe: Recipe, tokenizer: Tokenizer, model: MobileVLM, student: str
-) -> None:
-    """Refuse a cache and a student that see different sequences.
+    cache: Cache,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    processor: ImageProcessor,
+    model: MobileVLM,
+    inputs: Inputs,
+) -> Mismatches:
+    """Refuse a cache and a student that see different sequences or pixels.
+
+    Returns:
+        What differs and is accepted.
 
     Raises:
-        MismatchError: template, image aspect, tokenizer, vision tokens or (for the KL) vocabulary;
-            both values are named.
+        MismatchError: template, image aspect, tokenizer, image processor, vision tokens or (for the
+            KL) vocabulary; both values are named.
     """
     teacher = cache.identity["teacher"]
     there = {
         "template": cache.spec.template,
         "image_aspect": cache.spec.image_aspect,
         "tokenizer": cache.identity["tokenizer"],
+        "image_processor": _without_aspect(cache.identity["image_processor"]),
         "vision_tokens": teacher["vision_tokens"],
     }
     here = {
         "template": recipe.template,
         "image_aspect": recipe.image_aspect,
         "tokenizer": tokenizer_identity(tokenizer),
+        "image_processor": _without_aspect(processor.identity),
         "vision_tokens": NUM_VISION,
     }
     if recipe.loss.kl and cache.spec.logprobs is not None:
         there["vocab_size"] = teacher["vocab_size"]
         here["vocab_size"] = int(model.llm.config.vocab_size)
     advice = (
-        f"The student ({student}) must see exactly the sequences that the teacher saw: change the "
-        "recipe, or build a cache for this student."
+        f"The student ({inputs.student}) must see exactly what the teacher saw: change the recipe, "
+        f"build a cache for this student, or {_ACCEPT}"
     )
-    compare(f"cache {cache.root}", there, here, advice)
+    return compare(f"cache {cache.root}", there, here, advice, inputs.accept)
 
 
-def check_tars(cache: Cache, tars: Sequence[Path]) -> None:
-    """Refuse tars that have the name of one of the cache's, but not its size.
+def check_tars(
+    cache: Cache, tars: Sequence[Path], indexes: Mapping[str, str], accept: Sequence[str]
+) -> Mismatches:
+    """Refuse tars that have the name of one of the cache's, but not its size and members.
 
-    Tars under other names are let through: samples may have been packed anew.
+    Reading all of them to compare their content would take hours. Tars under other names are let
+    through: samples may have been packed anew.
+
+    Args:
+        indexes: tar name -> digest of its index.
+
+    Returns:
+        What differs and is accepted.
 
     Raises:
-        MismatchError: names both sizes.
+        MismatchError: names both sizes or digests.
     """
-    recorded = {record.tar.name: record.tar.size for record in cache.records.values()}
-    here = {tar.name: tar.stat().st_size for tar in tars if tar.name in recorded}
-    there = {name: recorded[name] for name in here}
-    advice = "Sizes in bytes. Train on the tars that the cache was built from."
-    compare(f"cache {cache.root}: tar", there, here, advice)
+    recorded = {record.tar.name: record.tar for record in cache.records.values()}
+    known = [tar for tar in tars if tar.name in recorded]
+    there = {
+        tar.name: {
+            "size": recorded[tar.name].size, "index_sha256": recorded[tar.name].index_sha256
+        }
+        for tar in known
+    }  # fmt: skip
+    here = {
+        tar.name: {"size": tar.stat().st_size, "index_sha256": indexes[tar.name]} for tar in known
+    }
+    advice = f"Train on the tars that the cache was built from, or {_ACCEPT}"
+    return compare(f"cache {cache.root}", {"tar": there}, {"tar": here}, advice, accept)
+
+
+def refuse_unused(accept: Sequence[str], accepted: Mismatches) -> None:
+    """Refuse to accept what does not differ: a name that was misspelt.
+
+    Raises:
+        ConfigError: names it and what does differ.
+    """
+    for name in accept:
+        if not any(path == name or path.startswith(f"{name}.") for path in accepted):
+            raise ConfigError(
+                f"--accept-mismatch {name}: nothing of that name differs between cache and run "
+                f"(what does: {', '.join(accepted) or 'nothing'})"
+            )
+
+
+def _without_aspect(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """The aspect has a line of its own."""
+    return {name: value for name, value in processor.items() if name != "aspect"}
 
 
 def cache_identity(cache: Cache) -> dict[str, Any]:

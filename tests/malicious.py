@@ -271,7 +271,7 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "record: a file with a NUL": _files("labels\0"),
     "record: name goes up by `..`": _field(name=f"../records/{SHARD}"),
     "record: tar is an absolute path": _field(
-        tar={"name": "/etc/passwd", "size": 1, "sha256": "0" * 64}
+        tar={"name": "/etc/passwd", "size": 1, "sha256": "0" * 64, "index_sha256": "0" * 64}
     ),
     # Links
     "the folder of the records is a link": lambda f: link(

@@ -150,7 +150,7 @@ def command(
     arguments = [
         *("--spec", path, "--teacher", teacher, "--vision-tower", CLIP, "--out", out),
         *(text for item in data for text in ("--data", item)),
-        *("--device", "cpu", *options),
+        *("--device", "cpu", "--max-skipped", "100%", *options),
     ]
     # A later option overrides an earlier one, so `options` may repeat any of these.
     return invoke(build_cache, *map(str, arguments))

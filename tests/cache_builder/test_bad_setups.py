@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tests.support import (
     ALIGN_ONLY,
@@ -228,6 +229,22 @@ def test_a_tokenizer_that_is_missing_or_damaged(
         (teacher / "tokenizer.model").write_bytes(content)
 
     assert "tokenizer" in refused(tmp_path, tar, teacher=teacher)
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_tokenizer_with_more_words_than_the_teacher_knows(
+    tmp_path: Path, tar: Path, options: tuple[str, ...]
+) -> None:
+    def cut(tensors: dict[str, Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:300].clone()
+
+    teacher = teacher_copy(tmp_path / "teacher", edit=cut, config={"vocab_size": 300})
+
+    line = error_line(command(tmp_path / "cache", tar, ALIGN_ONLY, teacher, *options))
+
+    assert "the tokenizer gives id 511" in line
+    assert "vocab_size is 300" in line
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"size": "large"}'])

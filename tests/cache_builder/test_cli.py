@@ -87,7 +87,8 @@ def test_a_missing_option_is_a_usage_error(tmp_path: Path) -> None:
 def test_results_go_to_stdout_as_json_and_progress_to_stderr(tmp_path: Path, tar: Path) -> None:
     result = command(tmp_path / "cache", tar, ALIGN_ONLY, TEACHER, "--json")
 
-    assert json.loads(result.stdout) == {"built": 1, "present": 0, "samples": 2, "skipped": 1}
+    expected = {"built": 1, "present": 0, "samples": 2, "skipped": 1, "left": 0}
+    assert json.loads(result.stdout) == expected
     assert "sample/s" in result.stderr
 
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from cache_builder.build import Builder
-from cache_builder.features import ShardFeatures, compute_features, prepare
+from cache_builder.features import ShardFeatures, compute_features
+from cache_builder.prepare import TarReader, prepare
 from shared.cache import Cache, EncodedBatch, Signal
 from shared.samples import TarIndex, index_tar
 from shared.spec import CacheSpec
@@ -60,40 +61,42 @@ class LiveTeacher:
         self.runs += len(keys)
         shards = [self._run(self._where[key]) for key in keys]
         prompts = [shard.samples[0].prompt for shard in shards]
-        features = [shard.features[0] for shard in shards]
-        attention = [found.attention for found in features if found.attention]
-        rest = [found.rest_logprobs for found in features if found.rest_logprobs is not None]
+        attention = {
+            layer: padded(values_of(shards, f"attention_{layer}"))
+            for layer in self.spec.attention_layers
+        }
+        vision = values_of(shards, "vision_tokens")
+        rest = values_of(shards, "rest_logprobs")
         return EncodedBatch(
             input_ids=[prompt.input_ids for prompt in prompts],
             labels=[prompt.labels for prompt in prompts],
-            attention={
-                layer: {"": padded([f[f"attention_{layer}"][""] for f in attention])}
-                for layer in (self.spec.attention_layers if attention else ())
-            },
-            vision_tokens=joined([v[""] for shard in shards for v in shard.vision_tokens]),
-            top_ids=np.concatenate([found.top_ids for found in features]),
-            top_logprobs=joined([found.top_logprobs[""] for found in features]),
+            attention={layer: {"": rows} for layer, rows in attention.items() if len(rows)},
+            vision_tokens={"": np.concatenate(vision)} if vision else {},
+            top_ids=np.concatenate(values_of(shards, "top_ids")),
+            top_logprobs={"": np.concatenate(values_of(shards, "top_logprobs"))},
             rest_logprobs=np.concatenate(rest) if rest else None,
         )
 
     def _run(self, index: TarIndex) -> ShardFeatures:
-        return compute_features(
-            list(prepare(index, self.spec, self._builder.tokenizer)),  # type: ignore[arg-type]
-            self._builder.teacher, self._builder.processor, self.spec, batch_size=1,
-            advance=lambda _: None,
-        )  # fmt: skip
+        loaded = self._builder
+        with TarReader(
+            self.spec, loaded.tokenizer, loaded.processor, batch_size=1, pin=False
+        ) as reader:
+            return compute_features(
+                reader(index), loaded.teacher, self.spec, advance=lambda _: None
+            )
+
+
+def values_of(shards: Sequence[ShardFeatures], name: str) -> list[npt.NDArray[Any]]:
+    """An array of every shard that has it."""
+    return [shard.arrays[name].values for shard in shards if name in shard.arrays]
 
 
 def padded(pieces: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """[Q, H, V] arrays as one [N, Q, H, V], zeros behind the shorter."""
-    longest = max(map(len, pieces))
-    return np.stack(
-        [np.pad(piece, ((0, longest - len(piece)), (0, 0), (0, 0))) for piece in pieces]
-    )
-
-
-def joined(pieces: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    return {"": np.concatenate(pieces)} if pieces else {}
+    longest = max(map(len, pieces), default=0)
+    behind = [((0, longest - len(piece)), (0, 0), (0, 0)) for piece in pieces]
+    return np.array([np.pad(piece, pad) for piece, pad in zip(pieces, behind, strict=True)])
 
 
 def losses(

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from shared.cache import Cache
 from shared.errors import MismatchError
-from student_train.setup import check_fit
+from shared.images import ImageProcessor
+from student_train.setup import Inputs, check_fit
 from tests.student_train.support import SPEC, STUDENT, aligned, recipe, train
-from tests.support import build, error_line, text_sample, write_tar
+from tests.support import CLIP, build, error_line, text_sample, write_tar
 
 Refused = Callable[..., str]
 
@@ -38,33 +39,6 @@ def student_copy(folder: Path, **config: Any) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     return folder
-
-
-def test_another_template(refused: Refused) -> None:
-    assert "template: 'v1' there, 'plain' here" in refused(template="plain")
-
-
-def test_another_image_aspect(refused: Refused) -> None:
-    assert "image_aspect: 'pad' there, 'square' here" in refused(image_aspect="square")
-
-
-def test_another_tokenizer(refused: Refused, tmp_path: Path) -> None:
-    """The same vocabulary in another order: every id would mean something else."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    folder = student_copy(tmp_path / "student")
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
-    last = len(proto.pieces) - 1
-    proto.pieces[last].piece, proto.pieces[last - 1].piece = (
-        proto.pieces[last - 1].piece, proto.pieces[last].piece,
-    )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
-
-    line = refused("--student", folder)
-
-    assert "tokenizer.vocab_sha256: '" in line
-    assert "' there, '" in line
 
 
 def wide_student(folder: Path) -> Path:
@@ -103,8 +77,12 @@ def test_another_number_of_vision_tokens(full_cache: Cache) -> None:
     other.identity = {**other.identity, "teacher": teacher}
     from shared.tokenizer import load_tokenizer
 
+    inputs = Inputs(
+        data=[], eval_data=[], student="student", vision_tower=None, cache=None, adapters=None
+    )
+    processor = ImageProcessor(CLIP, "pad")
     with pytest.raises(MismatchError, match="vision_tokens: 576 there, 144 here"):
-        check_fit(other, recipe(), load_tokenizer(STUDENT), student.model, "student")
+        check_fit(other, recipe(), load_tokenizer(STUDENT), processor, student.model, inputs)
 
 
 def test_a_student_layer_that_is_not_there(refused: Refused) -> None:
@@ -164,8 +142,8 @@ def test_a_tar_of_the_right_name_and_another_size(
 
     line = error_line(train(tmp_path / "run", [other], full_path))
 
-    sizes = f"{tars[0].name}: {tars[0].stat().st_size} there, {other.stat().st_size} here"
-    assert sizes in line
+    sizes = f"{tars[0].stat().st_size} there, {other.stat().st_size} here"
+    assert f"tar.{tars[0].name}.size: {sizes}" in line
 
 
 def test_samples_that_the_cache_does_not_have_are_left_out_with_a_warning(

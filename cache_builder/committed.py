@@ -1,0 +1,34 @@
+"""Records of a cache that other builds may be adding to while this one runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.record import RECORDS, ShardRecord, compare
+
+ADVICE = "Build into another folder, or use what this cache was built with."
+
+
+class Committed:
+    """The records, each compared with this build's identity once, when it is first seen."""
+
+    def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
+        """Raises:
+        DamagedError: a record cannot be read.
+        MismatchError: a shard was built with something else; both values are named.
+        """
+        self.records: dict[str, ShardRecord] = {}
+        "Shard name -> record."
+        self._root = root
+        self._identity = identity
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for records that came since. Errors as in `__init__`."""
+        for path in sorted((self._root / RECORDS).glob("*.json")):
+            if path.stem not in self.records:
+                record = ShardRecord.load(path)
+                compare(
+                    f"{self._root}: shard {record.name}", record.identity, self._identity, ADVICE
+                )
+                self.records[path.stem] = record

@@ -1,0 +1,51 @@
+"""Stopping a build on SIGTERM, which schedulers and containers send before they kill.
+
+The first SIGTERM asks. Whoever is at work looks at the request between two batches, drops the shard
+that has no data on disk yet or finishes the one that has, and returns; while nobody looks (loading
+a teacher, reading tars), the signal ends that at once. A second SIGTERM kills.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(Exception):
+    """A stop was asked for. No error: the command ends with 0."""
+
+
+class StopRequest:
+    """Whether to stop. Looked at by the build, set by the signal."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        "Whether a stop was asked for."
+        self.is_watched = False
+        "Whether somebody calls `check` from now on; else the signal raises Stopped itself."
+
+    def check(self) -> None:
+        """Raise Stopped if a stop was asked for."""
+        if self.requested:
+            raise Stopped
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[StopRequest]:
+    """A request that SIGTERM sets, as long as the block runs."""
+    stop = StopRequest()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if stop.requested:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.requested = True
+        if not stop.is_watched:
+            stop.check()
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

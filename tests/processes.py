@@ -1,0 +1,56 @@
+"""`build-cache` as real processes that start in a moment: forked from a server that has imported
+everything, they run the command's own entry point and can be killed like any other.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+from tests.support import CLIP, TEACHER
+
+PRELOAD = ["tests.processes", "tests.preload"]
+
+
+def context() -> ForkServerContext:
+    """Where such processes come from; the first one takes the seconds that the imports take."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOAD)
+    return found
+
+
+def arguments(out: Path, data: Sequence[Path | str], spec: Path, *options: str) -> list[str]:
+    """What stands behind `build-cache`."""
+    given = [
+        *("--spec", spec, "--teacher", TEACHER, "--vision-tower", CLIP, "--out", out),
+        *(text for item in data for text in ("--data", item)),
+        *("--device", "cpu", *options),
+    ]
+    return [str(item) for item in given]
+
+
+def start(target: Callable[..., object], *given: object, log: Path) -> ForkServerProcess:
+    """A started process that calls `target(*given)`, its output in `log`."""
+    process = context().Process(target=_redirected, args=(log, target, given))
+    process.start()
+    return process
+
+
+def start_build(given: Sequence[str], log: Path) -> ForkServerProcess:
+    """A started `build-cache`."""
+    return start(_build_cache, list(given), log=log)
+
+
+def _redirected(log: Path, target: Callable[..., object], given: Sequence[object]) -> None:
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    target(*given)
+
+
+def _build_cache(given: Sequence[str]) -> None:
+    from cache_builder.cli import build_cache
+
+    build_cache(given, prog_name="build-cache")

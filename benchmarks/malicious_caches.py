@@ -8,9 +8,7 @@ ours, or touches a folder beside the cache.
 """
 
 import multiprocessing
-import os
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 
+from benchmarks.bounded import limit_memory, peak, resident
 from cache_builder.cli import cache_tools
 from cache_builder.pack import pack
 from shared.cache import open_cache
@@ -98,23 +97,6 @@ def in_a_child(forged: Forge, *, quiet: bool) -> Outcome:
     child.kill()
     child.join()
     return outcome
-
-
-def limit_memory(more: int) -> None:
-    """This process may take `more` bytes above what it holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + more
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def peak() -> int:
-    """Most memory that this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def resident() -> int:
-    """Memory that this process holds, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _look(forged: Forge, quiet: bool, result: Connection) -> None:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop clean
+.PHONY: install demo test lint demo-teacher seeds kill-loop bit-flips malicious fuzz clean
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -21,6 +21,12 @@ seeds: .venv/.demo
 	$(BIN)/python -m benchmarks.seeds
 kill-loop: .venv/.dev
 	$(BIN)/python -m benchmarks.kill_train
+bit-flips: .venv/.dev
+	$(BIN)/python -m benchmarks.bit_flips --flips 1000 2>/dev/null | tee docs/trust/bit_flips.txt
+malicious: .venv/.dev
+	$(BIN)/python -m benchmarks.malicious_caches 2>/dev/null | tee docs/trust/malicious.md
+fuzz: .venv/.dev
+	$(BIN)/python -m benchmarks.fuzz --minutes 10 2>/dev/null | tee docs/trust/fuzz.txt
 
 clean:
 	rm -rf .venv demo-run

@@ -123,8 +123,9 @@ def _refusal(root: Path, quiet: bool) -> tuple[str, bool]:
     if not isinstance(verified.exception, SystemExit | None):
         return f"verify: {verified.exception!r}", False
     if quiet:
-        problems = verified.stdout.splitlines()[:-1]
-        return problems[0] if problems else "harmless: shown as escapes", read is None
+        problems = verified.stdout.splitlines()[:-1] or verified.stderr.splitlines()[-1:]
+        told = problems[0] if verified.exit_code else "nothing to refuse: it is never interpreted"
+        return told, read is None
     return read or "nothing", read is not None
 
 

@@ -104,9 +104,18 @@ class Forge:
             if path.is_file():
                 self.write(path, path.read_bytes())
 
-    def write_chunks(self, *frames: bytes) -> None:
-        """A shard file with these chunks, index and checksums right."""
-        pieces = [frame + crc(frame) for frame in frames]
+    @property
+    def chunk_bytes(self) -> int:
+        """What a chunk has to inflate to."""
+        values = json.loads((self.data / ARRAY / "zarr.json").read_bytes())
+        rows = values["codecs"][0]["configuration"]["chunk_shape"]
+        return int(np.prod(rows)) * np.dtype(values["data_type"]).itemsize
+
+    def write_chunk(self, frame: bytes) -> None:
+        """A shard file whose chunks are all this one, index and checksums right."""
+        pieces = [frame + crc(frame)] * (
+            int.from_bytes(self.chunks.read_bytes()[:8], "little") // 16
+        )
         begin = 16 * len(pieces) + 4
         entries = []
         for piece in pieces:
@@ -231,7 +240,7 @@ def _pickle(place: Callable[[Forge], Path]) -> Callable[[Forge], None]:
 
 
 def _pickled_chunk(forge: Forge) -> None:
-    forge.write_chunks(zstd.compress(pickle.dumps(Bomb(forge.outside / "made")), 3))
+    forge.write_chunk(zstd.compress(pickle.dumps(Bomb(forge.outside / "made")), 3))
 
 
 def _device(forge: Forge) -> None:
@@ -354,17 +363,23 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "a storage transformer": _metadata(storage_transformers=[{"name": "https://example.org/x"}]),
     "attributes": _metadata(attributes={"a": 1}),
     # Chunks
-    "chunk that inflates to 10 GB and says so": lambda f: f.write_chunks(
+    "chunk that inflates to 10 GB and says so": lambda f: f.write_chunk(
         frame_of_zeros(TEN_GB, TEN_GB)
     ),
-    "chunk that inflates to 10 GB and says less": lambda f: f.write_chunks(
-        frame_of_zeros(TEN_GB, 4 * 4 * 144 * 26)
+    "chunk that inflates to 10 GB and says less": lambda f: f.write_chunk(
+        frame_of_zeros(TEN_GB, f.chunk_bytes)
     ),
-    "chunk that inflates to 10 GB and does not say": lambda f: f.write_chunks(
+    "chunk that inflates to 10 GB and does not say": lambda f: f.write_chunk(
         frame_of_zeros(TEN_GB, None)
     ),
-    "chunk of nothing": lambda f: f.write_chunks(b""),
-    "chunk of no zstd frame": lambda f: f.write_chunks(b"boat" * 100),
+    "chunk of nothing": lambda f: f.write_chunk(b""),
+    "chunk of two frames, the second of 10 GB": lambda f: f.write_chunk(
+        zstd.compress(bytes(f.chunk_bytes), 3) + frame_of_zeros(TEN_GB, TEN_GB)
+    ),
+    "chunk that inflates to less than it should": lambda f: f.write_chunk(
+        zstd.compress(bytes(f.chunk_bytes - 1), 3)
+    ),
+    "chunk of no zstd frame": lambda f: f.write_chunk(b"boat" * 100),
     "index: a chunk behind the end of the file": _index(_set(1, 2**40)),
     "index: a chunk at 2^63": _index(_set(0, 2**63)),
     "index: a chunk over the index": _index(_set(0, 0)),

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy.typing as npt
 from numcodecs import zstd
 
 from shared.errors import DamagedError
+from shared.inside import Entry, walk_inside
 from shared.record import ShardRecord
 
 Array = npt.NDArray[np.generic]
@@ -188,11 +188,12 @@ class ShardReader:
 
     def __post_init__(self) -> None:
         self._folder = self.root / self.record.data
+        there = dict(walk_inside(self.root, self.record.data))
         for file, stored in self.record.files.items():
-            found = _what_lies_at(self.root, f"{self.record.data}/{file}")
-            if found != stored.size:
-                shown = f"{found} bytes" if isinstance(found, int) else found
-                raise self._damaged(f"{file} is {shown}, its record says {stored.size} bytes")
+            entry = there.get(file)
+            if entry is None or entry.kind != "file" or entry.size != stored.size:
+                found = _found(entry)
+                raise self._damaged(f"{file} is {found}, its record says {stored.size} bytes")
 
     def has(self, name: str) -> bool:
         """Whether the shard holds this array."""
@@ -331,18 +332,10 @@ def _metadata(
     }
 
 
-def _what_lies_at(root: Path, file: str) -> int | str:
-    """Size of a regular file below `root`, or what is wrong with it; links are not followed."""
-    path = root
-    for part in file.split("/"):
-        path = path / part
-        try:
-            found = path.lstat()
-        except (OSError, ValueError):
-            return "missing"
-        if stat.S_ISLNK(found.st_mode):
-            return "behind a link"
-    return found.st_size if stat.S_ISREG(found.st_mode) else "not a regular file"
+def _found(entry: Entry | None) -> str:
+    if entry is None:
+        return "missing"
+    return f"{entry.size} bytes" if entry.kind == "file" else f"a {entry.kind}"
 
 
 def _read_file(path: Path, begin: int, size: int) -> Bytes:

@@ -113,9 +113,8 @@ class Forge:
 
     def write_chunk(self, frame: bytes) -> None:
         """A shard file whose chunks are all this one, index and checksums right."""
-        pieces = [frame + crc(frame)] * (
-            int.from_bytes(self.chunks.read_bytes()[:8], "little") // 16
-        )
+        count = int.from_bytes(self.chunks.read_bytes()[:8], "little") // 16
+        pieces = [frame + crc(frame)] * count
         begin = 16 * len(pieces) + 4
         entries = []
         for piece in pieces:

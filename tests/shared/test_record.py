@@ -84,7 +84,6 @@ def test_a_record_of_an_older_draft_is_a_mismatch_and_no_damage(
 
 
 FILE = {"size": 1, "sha256": "0" * 64}
-INDEX = {"index_sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ INDEX = {"index_sha256": "0" * 64}
         ({"files": {"a": {"size": 2**63, "sha256": "0" * 64}}}, "expected 0 to 2^63 - 1"),
         ({"files": {"a": {"size": 1, "sha256": "0"}}}, "sha256 '0', expected 64 hexadecimal"),
         (
-            {"tar": {**FILE, "index_sha256": "0" * 64, "name": "/etc/passwd"}},
+            {"tar": {**FILE, "name": "/etc/passwd", "index_sha256": "0" * 64}},
             "tar is '/etc/passwd', expected ref-000000.tar",
         ),
         ({"lengths": [1, 0]}, "lengths 0 to 1, expected 1 to 2^31 - 1"),

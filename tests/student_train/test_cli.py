@@ -150,7 +150,7 @@ def test_set_changes_one_value() -> None:
         ("precision=int8", "'int8' is not one of float32"),
         ("optim.lr=fast", "expected float, found 'fast'"),
         ("optim.lr=0", "lr must be > 0 and finite, found 0.0"),
-        ("optim.lr=.nan", "lr must be > 0 and finite, found nan"),
+        ("optim.lr=.nan", "lr: expected float, found nan"),
         ("optim.projector_lr=-1", "projector_lr must be > 0 and finite, found -1.0"),
         ("optim.clip_norm=0", "clip_norm must be > 0"),
         ("optim.warmup=3", "warmup must be 0 to 1, found 3.0"),

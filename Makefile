@@ -22,11 +22,11 @@ seeds: .venv/.demo
 kill-loop: .venv/.dev
 	$(BIN)/python -m benchmarks.kill_train
 bit-flips: .venv/.dev
-	$(BIN)/python -m benchmarks.bit_flips --flips 1000 2>/dev/null | tee docs/trust/bit_flips.txt
+	$(BIN)/python -m benchmarks.bit_flips --flips 1000 > docs/trust/bit_flips.txt
 malicious: .venv/.dev
-	$(BIN)/python -m benchmarks.malicious_caches 2>/dev/null | tee docs/trust/malicious.md
+	$(BIN)/python -m benchmarks.malicious_caches > docs/trust/malicious.md
 fuzz: .venv/.dev
-	$(BIN)/python -m benchmarks.fuzz --minutes 10 2>/dev/null | tee docs/trust/fuzz.txt
+	$(BIN)/python -m benchmarks.fuzz --minutes 10 > docs/trust/fuzz.txt
 
 clean:
 	rm -rf .venv demo-run

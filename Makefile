@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean
+.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -25,6 +25,12 @@ build-costs: .venv/.dev
 	$(BIN)/python -m benchmarks.build
 memory: .venv/.dev
 	$(BIN)/python -m benchmarks.memory
+bit-flips: .venv/.dev
+	$(BIN)/python -m benchmarks.bit_flips --flips 1000 > docs/trust/bit_flips.txt
+malicious: .venv/.dev
+	$(BIN)/python -m benchmarks.malicious_caches > docs/trust/malicious.md
+fuzz: .venv/.dev
+	$(BIN)/python -m benchmarks.fuzz --minutes 10 > docs/trust/fuzz.txt
 
 clean:
 	rm -rf .venv demo-run

@@ -36,6 +36,8 @@ class Problem:
     "What was found and what was expected."
 
     def __str__(self) -> str:
+        if not self.file and self.place in self.what:
+            return self.what  # an error of the reading code, which names the place itself
         return ": ".join(part for part in (self.place, self.file, self.what) if part)
 
 

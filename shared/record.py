@@ -62,6 +62,7 @@ class TarFacts:
 
     def __post_init__(self) -> None:
         check_file(self.size, self.sha256)
+        check_file(self.size, self.index_sha256)
 
 
 @dataclass(frozen=True, kw_only=True)

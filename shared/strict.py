@@ -11,6 +11,7 @@ import re
 import reprlib
 import types
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -50,7 +51,7 @@ def build(cls: type[T], values: object, where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping of keys, found {shown(values)}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -70,6 +71,11 @@ def build(cls: type[T], values: object, where: str) -> T:
 def shown(value: object) -> str:
     """`value` as messages show it: its repr, cut where it would be long or deep."""
     return _SHORT.repr(value)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)  # resolving them takes longer than checking a small record
 
 
 def nearest(key: str, known: Mapping[str, object] | list[str]) -> str:
@@ -97,7 +103,7 @@ def convert(hint: Any, value: object, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}: expected a list, found {shown(value)}")
-        if arguments[0] in (str, int) and all(type(item) is arguments[0] for item in value):
+        if arguments[0] in (str, int) and {*map(type, value)} <= {arguments[0]}:
             return tuple(value)  # records hold a million keys
         return tuple(convert(arguments[0], item, where) for item in value)
     if origin is dict:

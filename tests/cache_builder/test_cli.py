@@ -12,6 +12,7 @@ from cache_builder.cli import build_cache, cache_tools
 from tests.support import (
     ALIGN_ONLY,
     FULL,
+    REFERENCE,
     TEACHER,
     command,
     edit_record,
@@ -40,6 +41,11 @@ def test_every_command_and_option_says_what_it_is(found: click.Command) -> None:
             assert parameter.help, parameter.name
 
 
+@pytest.mark.parametrize("found", cache_tools.commands.values(), ids=lambda found: found.name)
+def test_every_tool_is_in_the_readme(found: click.Command) -> None:
+    assert f"cache-tools {found.name}" in (REFERENCE.parents[1] / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -47,6 +53,10 @@ def test_every_command_and_option_says_what_it_is(found: click.Command) -> None:
         ("cache_tools", ["--help"]),
         ("cache_tools", ["pack", "--help"]),
         ("cache_tools", ["info", "--help"]),
+        ("cache_tools", ["verify", "--help"]),
+        ("cache_tools", ["repair", "--help"]),
+        ("cache_tools", ["gc", "--help"]),
+        ("cache_tools", ["diff", "--help"]),
     ],
 )
 def test_help_needs_neither_torch_nor_zarr(name: str, arguments: list[str]) -> None:

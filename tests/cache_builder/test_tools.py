@@ -82,6 +82,21 @@ def test_a_whole_cache_is_all_good_and_stays_as_it_is(root: Path) -> None:
     assert snapshot(root) == before
 
 
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_values_of_coarse_encodings_pass(
+    packed_tars: list[Path], tmp_path: Path, bits: int
+) -> None:
+    spec = {
+        **FULL,
+        "attention": {"layers": [0], "encoding": f"sqrt{bits}"},
+        "vision_tokens": {"encoding": f"channel{bits}"},
+        "logprobs": {"top_k": 8, "encoding": "logprob8"},
+    }
+    build(tmp_path / "cache", packed_tars, spec)
+
+    assert problems(tmp_path / "cache", "--decode") == []
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16

@@ -3,12 +3,15 @@
 import io
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from shared.errors import UnusableSample
 from shared.images import ImageProcessor, decode_image, pad_to_square
 from tests.support import CLIP, encoded, picture
 
@@ -139,3 +142,32 @@ def test_the_identity_is_that_of_the_settings_and_not_of_the_folder(tmp_path: Pa
     path.write_text(json.dumps({**json.loads(path.read_text()), "resample": 2}))
 
     assert ImageProcessor(tmp_path / "clip", "pad").identity != same
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """One piece of a PNG."""
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def png_that_says(width: int, height: int, *more: bytes) -> bytes:
+    """A few bytes that claim to be a large picture."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png_that_says(10_000, 10_000), "image beyond"),
+        (png_that_says(2**31 - 1, 2**31 - 1), "image beyond"),
+        (png_that_says(100_000, 100), "too long and thin"),
+        (png_that_says(0, 0), "image is broken"),
+        (png_that_says(9, 9, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27)))), "broken"),
+        (png_that_says(9, 9, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**27)))), "broken"),
+    ],
+)
+def test_a_bomb_is_a_reason_to_skip(content: bytes, reason: str) -> None:
+    with pytest.raises(UnusableSample, match=reason):
+        decode_image(content)

@@ -1,5 +1,8 @@
 """Indexes of tars, and samples read by position."""
 
+import io
+import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -92,3 +95,139 @@ def test_one_tar_named_in_two_ways_is_one_tar(tmp_path: Path) -> None:
     write_tar(tmp_path / "t.tar")
 
     assert len(expand_tars([f"{tmp_path}/t.tar", f"{tmp_path}/./t.tar"])) == 1
+
+
+# Tars of strangers
+
+
+def make_tar(path: Path, *members: tarfile.TarInfo, form: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar of these headers, each with as many zeros as it says, up to a megabyte."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for member in members:
+            tar.addfile(member, io.BytesIO(bytes(min(member.size, 2**20))))
+    return path
+
+
+def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info
+
+
+def sign(content: bytearray, start: int = 0) -> bytes:
+    """The header's checksum put right."""
+    header = bytes(content[start : start + 148]) + b" " * 8 + bytes(content[start + 156 :][:356])
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(header)
+    return bytes(content)
+
+
+def edited(tar: Path, offset: int, field: bytes) -> Path:
+    """The first header with another field."""
+    content = bytearray(tar.read_bytes())
+    content[offset : offset + len(field)] = field
+    tar.write_bytes(sign(content))
+    return tar
+
+
+@pytest.mark.parametrize(
+    "size",
+    [b"77777777777\0", b"\x80" + b"\0" * 3 + b"\x7f" * 8, b"\xff" * 12, b"\xff" * 10 + b"\xfe\0"],
+)
+def test_a_member_of_huge_or_negative_size_is_an_error(tmp_path: Path, size: bytes) -> None:
+    tar = edited(write_tar(tmp_path / "t.tar", sample("a")), 124, size)
+
+    with pytest.raises(InputError, match="truncated or not a tar"):
+        index_tar(tar)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_long_name_or_extended_header_of_gigabytes_is_not_read(
+    tmp_path: Path, kind: bytes
+) -> None:
+    tar = write_tar(tmp_path / "t.tar", sample("a"))
+    edited(edited(tar, 156, kind), 124, b"40000000000\0")  # 4 GiB
+    os.truncate(tar, 5 * 2**30)  # takes no room
+
+    with pytest.raises(InputError, match="a header of 4294967296 bytes, at most 1048576"):
+        index_tar(tar)
+
+
+def test_a_chain_of_long_names_is_an_error(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar", sample("a"))
+    header = bytearray(512)
+    header[:1], header[124:136], header[156:157] = b"a", b"%011o\0" % 0, b"L"
+    header[257:265] = b"ustar  \0"
+    tar.write_bytes(sign(header) * 5000 + tar.read_bytes())
+
+    with pytest.raises(InputError, match="truncated or not a tar"):
+        index_tar(tar)
+
+
+def test_a_sparse_member_is_skipped(tmp_path: Path) -> None:
+    sparse = member("a.json")
+    sparse.pax_headers = {
+        "GNU.sparse.size": "5",
+        "GNU.sparse.map": "0,5",
+        "GNU.sparse.name": "a.json",
+    }
+    tar = make_tar(tmp_path / "t.tar", sparse)
+
+    assert index_tar(tar).skipped == {"a": "member is a link or special file"}
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "a" * 513, "\udcff"])
+def test_a_name_that_cannot_be_printed_or_is_too_long_is_skipped_and_listed(
+    tmp_path: Path, name: str
+) -> None:
+    tar = make_tar(tmp_path / "t.tar", member(f"{name}.json"), form=tarfile.GNU_FORMAT)
+
+    ((listed, reason),) = index_tar(tar).skipped.items()
+
+    assert reason == "name is empty, over 512 characters, or cannot be printed"
+    assert listed.isprintable()
+    assert len(listed) < 530
+
+
+def test_an_image_or_json_that_is_too_large_is_skipped_unread(tmp_path: Path) -> None:
+    tar = tmp_path / "t.tar"
+    with tarfile.open(tar, "w") as file:
+        file.addfile(member("a.json"))
+    content = bytearray(tar.read_bytes())
+    large = bytearray(content[:512])
+    large[:6], large[124:136] = b"a.png\0", b"%011o\0" % (2**26 + 512)
+    tar.write_bytes(bytes(content[:512]) + sign(large))
+    os.truncate(tar, 2**26 + 10240)
+
+    assert index_tar(tar).skipped == {"a": "image of 67109376 bytes, at most 67108864"}
+
+
+@pytest.mark.parametrize(
+    ("note", "reason"),
+    [
+        (b"[" * 100_000, "JSON cannot be parsed"),
+        (b"[" + b"[]," * 200_000 + b"[]]", "JSON of 200002 lists and objects, at most 200000"),
+        (b'{"a":' + b"9" * 5000 + b"}", "JSON cannot be parsed"),
+        (b'{"conversations":[{"from":' + b"[" * 300 + b"]" * 300 + b"}]}", "odd role"),
+        (json.dumps({"conversations": [{"from": "\x1b[2J" * 999}]}).encode(), "odd role"),
+    ],
+)
+def test_json_that_would_hurt_is_a_short_printable_reason(
+    tmp_path: Path, note: bytes, reason: str
+) -> None:
+    index = index_tar(write_tar(tmp_path / "t.tar", sample("a", note)))
+
+    ((_, found),) = read_samples(index)
+
+    assert str(found).startswith(reason)
+    assert str(found).isprintable()
+    assert len(str(found)) <= 300
+
+
+def test_a_tar_of_more_samples_than_a_record_holds_is_refused_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.samples.MAX_SAMPLES", 2)
+    tar = write_tar(tmp_path / "t.tar", *(text_sample(f"s{n}") for n in range(3)))
+
+    with pytest.raises(InputError, match="3 samples, at most 2 in a tar; pack it anew"):
+        index_tar(tar)

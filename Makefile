@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop clean
+.PHONY: install demo test lint demo-teacher seeds kill-loop commit-proofs clean
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -21,6 +21,11 @@ seeds: .venv/.demo
 	$(BIN)/python -m benchmarks.seeds
 kill-loop: .venv/.dev
 	$(BIN)/python -m benchmarks.kill_train
+commit-proofs: .venv/.dev
+	$(BIN)/python -m benchmarks.kill_build
+	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.concurrent_builds
+	$(BIN)/python -m benchmarks.identity
 
 clean:
 	rm -rf .venv demo-run

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz
+.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz commit-proofs
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -31,6 +31,11 @@ malicious: .venv/.dev
 	$(BIN)/python -m benchmarks.malicious_caches > docs/trust/malicious.md
 fuzz: .venv/.dev
 	$(BIN)/python -m benchmarks.fuzz --minutes 10 > docs/trust/fuzz.txt
+commit-proofs: .venv/.dev
+	$(BIN)/python -m benchmarks.kill_build
+	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.concurrent_builds
+	$(BIN)/python -m benchmarks.identity
 
 clean:
 	rm -rf .venv demo-run

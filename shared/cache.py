@@ -14,7 +14,7 @@ with `shared.tensor_encodings.decode`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -230,10 +230,7 @@ def open_cache(path: str | Path) -> Cache:
             f"Shard {first.name} is the other side; keep builds that differ in their own folders.",
         )  # fmt: skip
         samples.add(record)
-        # One identity for all: equal ones need not be held a thousand times.
-        records[record.name] = replace(
-            record, identity=first.identity, keys=(), lengths=(), images=()
-        )
+        records[record.name] = record.without_samples()
     if not records:
         raise CacheError(f"{root}: no cache here (no records/*.json); make one with build-cache")
     return Cache(root, records, samples.index())

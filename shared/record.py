@@ -9,6 +9,7 @@ before use: a cache may come from a stranger.
 import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ FORMAT = 1
 "Version of the layout on disk; written in every record, never guessed."
 RECORDS, DATA = "records", "data"
 "Folders of a cache."
+_HEX = re.compile("[0-9a-f]{8}")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 "What a shard may be called."
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFile:
     """One file of a shard."""
 
@@ -105,7 +107,8 @@ class ShardRecord:
             raise ValueError(f"format {self.format}, this version reads format {FORMAT}")
         if not NAME.fullmatch(self.name):
             raise ValueError(f"bad shard name {shown(self.name)}")
-        if not re.fullmatch(rf"{DATA}/{re.escape(self.name)}-[0-9a-f]{{8}}", self.data):
+        folder, suffix = self.data[:-8], self.data[-8:]
+        if folder != f"{DATA}/{self.name}-" or not _HEX.fullmatch(suffix):
             raise ValueError(f"data is {shown(self.data)}, expected data/{self.name}-<8 hex>")
         if self.tar.name.removesuffix(".tar") != self.name:
             raise ValueError(f"tar is {shown(self.tar.name)}, expected {self.name}.tar")
@@ -113,6 +116,13 @@ class ShardRecord:
         check_samples(self.keys, self.lengths, self.images)
         check_skipped([(sample.key, sample.reason) for sample in self.skipped])
         check_files(self.files)
+
+    def without_samples(self) -> "ShardRecord":
+        """A copy that takes little memory, for those who keep the samples elsewhere."""
+        bare = copy(self)
+        for name in ("keys", "lengths", "images"):
+            object.__setattr__(bare, name, ())  # not `replace`: that would check all of it again
+        return bare
 
     def to_json(self) -> str:
         """The record file's text.

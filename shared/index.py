@@ -96,8 +96,10 @@ class SampleIndex:
         self._hashes = hashes[self._numbers]
 
     def _refuse_twins(self) -> None:
-        for place in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
-            one, other = (self._place(int(n)) for n in sorted(self._numbers[place : place + 2]))
+        equal = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
+        pairs = (sorted(self._numbers[place : place + 2].tolist()) for place in equal)
+        for pair in sorted(pairs):  # in the cache's order: the order of hashes is never the same
+            one, other = map(self._place, pair)
             key = self._keys_of(one[0])[one[1]]
             if key == self._keys_of(other[0])[other[1]]:
                 raise MismatchError(

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop bit-flips malicious fuzz clean
+.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz commit-proofs
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -21,12 +21,21 @@ seeds: .venv/.demo
 	$(BIN)/python -m benchmarks.seeds
 kill-loop: .venv/.dev
 	$(BIN)/python -m benchmarks.kill_train
+build-costs: .venv/.dev
+	$(BIN)/python -m benchmarks.build
+memory: .venv/.dev
+	$(BIN)/python -m benchmarks.memory
 bit-flips: .venv/.dev
 	$(BIN)/python -m benchmarks.bit_flips --flips 1000 > docs/trust/bit_flips.txt
 malicious: .venv/.dev
 	$(BIN)/python -m benchmarks.malicious_caches > docs/trust/malicious.md
 fuzz: .venv/.dev
 	$(BIN)/python -m benchmarks.fuzz --minutes 10 > docs/trust/fuzz.txt
+commit-proofs: .venv/.dev
+	$(BIN)/python -m benchmarks.kill_build
+	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.concurrent_builds
+	$(BIN)/python -m benchmarks.identity
 
 clean:
 	rm -rf .venv demo-run

@@ -161,7 +161,6 @@ def main(tars: int, samples: int, turns: int, threads: int, short: bool) -> None
     size, picture = (SMALL, (64, 48)) if short else (TeacherSize(), (640, 480))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "teacher").mkdir()
         print(write_teacher(folder / "teacher", size))
         paths = write_tars(folder / "tars", tars=tars, samples=samples, size=picture)
         inputs = _ready(folder, paths)
@@ -181,10 +180,12 @@ def main(tars: int, samples: int, turns: int, threads: int, short: bool) -> None
 def _ready(folder: Path, paths: list[Path]) -> Inputs:
     spec = CacheSpec.load(ALIGN_ONLY)
     builder = load_builder(
-        spec, str(folder / "teacher"), vision_tower=None, device="cpu", dtype=None, batch_size=16
+        spec, str(folder / "teacher"), vision_tower=None, device="cpu", dtype=None, batch_size=None
     )
     indexes = [index_tar(path) for path in paths]
-    with TarReader(spec, builder.tokenizer, builder.processor, batch_size=16, pin=False) as reader:
+    with TarReader(
+        spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size, pin=False
+    ) as reader:
         prepared = {index.name: reader(index) for index in indexes}
         pixels = {name: list(tar.pixels) for name, tar in prepared.items()}
     whole = load_model(ModelFolder(str(folder / "teacher"))).eval()

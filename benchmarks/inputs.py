@@ -42,6 +42,7 @@ SMALL = TeacherSize(layers=2, width=64, heads=4, vocabulary=512, tower_layers=2,
 def write_teacher(folder: Path, size: TeacherSize) -> str:
     """A random teacher in the published layout, weights in two `.bin`; says what it is."""
     clip = folder / "clip"
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(CLIP, clip, ignore=shutil.ignore_patterns("*.safetensors"))
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(TEACHER / name, folder)
@@ -102,7 +103,7 @@ def _samples(
     chance: np.random.Generator, tar: int, samples: int, size: tuple[int, int]
 ) -> Iterator[Any]:
     for number in range(samples):
-        words = chance.integers(15, 45)
+        words = chance.integers(25, 85)
         note = annotation("<image>\nwhat color is the boat", "red boat " * int(words))
         yield sample(f"s{tar}-{number}", note, photo(chance, size), suffix="jpg")
 

@@ -1,4 +1,4 @@
-"""Align-KD minus baseline on easy-vqa, five seeds: `make seeds`, about half an hour on two cores.
+"""Align-KD minus baseline on easy-vqa, five seeds: `make seeds`, most of an hour on two cores.
 
 Same data, same steps; the seed sets the student's first weights and the order of the data. Settings
 were chosen on the validation split; this asks the test questions, once.

@@ -16,8 +16,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shared.encodings import Encoding
-
 Array = npt.NDArray[np.generic]
 Axes = tuple[str, ...]
 _COPIES_UNDER_WAY = 4
@@ -26,14 +24,14 @@ _COPIES_UNDER_WAY = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ShardArray:
-    """One array as it is to be written."""
+    """One array as it is stored."""
 
     axes: Axes
     "Words of the glossary."
-    zstd_level: int
-    "Of the lossless stage."
     values: Array
-    "All rows."
+    "Rows of all owners."
+    zstd_level: int
+    "Of its lossless compression."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +40,10 @@ class _Piece:
 
     name: str
     axes: Axes
-    zstd_level: int
     owners: Sequence[str]
     rows: Tensor
     copied: torch.cuda.Event | None
+    zstd_level: int
 
 
 @dataclass
@@ -61,35 +59,21 @@ class ShardArrays:
         self._places = {unit: _places(rows) for unit, rows in self.num_rows.items()}
 
     def put(
-        self,
-        name: str,
-        axes: Axes,
-        encoding: Encoding,
-        owners: Sequence[str],
-        parts: Mapping[str, Tensor],
+        self, name: str, axes: Axes, owners: Sequence[str], rows: Tensor, *, zstd_level: int = 3
     ) -> None:
-        """Rows of several owners, one owner after another, on any device.
-
-        Args:
-            axes: of the values, before they were encoded.
-            parts: stored tensors by suffix of the name.
-        """
-        for suffix, rows in parts.items():
-            host, copied = _start_copy(rows)
-            piece = _Piece(
-                name=name + suffix, axes=encoding.axes(suffix, axes),
-                zstd_level=3 if suffix else encoding.zstd_level,
-                owners=owners, rows=host, copied=copied,
-            )  # fmt: skip
-            self._coming.append(piece)
+        """Rows of several owners, one owner after another, on any device."""
+        host, copied = _start_copy(rows)
+        self._coming.append(
+            _Piece(
+                name=name, axes=axes, owners=owners, rows=host, copied=copied,
+                zstd_level=zstd_level,
+            )
+        )  # fmt: skip
         while len(self._coming) > _COPIES_UNDER_WAY:
             self._land(self._coming.popleft())
 
     def take(self, owners: Mapping[str, Collection[str]]) -> dict[str, ShardArray]:
-        """Arrays by name, with the rows of those `owners` of their unit only, in the tar's order.
-
-        An array without rows is left out.
-        """
+        """Arrays by name, with the rows of those `owners` of their unit only."""
         while self._coming:
             self._land(self._coming.popleft())
         taken = {
@@ -99,11 +83,11 @@ class ShardArrays:
         return {name: array for name, array in taken.items() if len(array.values)}
 
     def _rows_of(self, owners: Collection[str], array: ShardArray) -> Array:
-        places, values = self._places[array.axes[0]], array.values
+        places = self._places[array.axes[0]]
         kept = [rows for owner, rows in places.items() if owner in owners]
         if len(kept) == len(places):
-            return values
-        return np.concatenate([values[rows] for rows in kept]) if kept else values[:0]
+            return array.values
+        return np.concatenate([array.values[rows] for rows in kept]) if kept else array.values[:0]
 
     def _land(self, piece: _Piece) -> None:
         if piece.copied is not None:
@@ -113,10 +97,9 @@ class ShardArrays:
         if piece.name not in self._arrays:
             shape = (sum(self.num_rows[unit].values()), *values.shape[1:])
             self._arrays[piece.name] = ShardArray(
-                axes=piece.axes,
+                axes=piece.axes, values=np.empty(shape, dtype=values.dtype),
                 zstd_level=piece.zstd_level,
-                values=np.empty(shape, dtype=values.dtype),
-            )
+            )  # fmt: skip
         array = self._arrays[piece.name].values
         start = 0
         for owner in piece.owners:

@@ -9,9 +9,9 @@ most one tar ahead or behind, so memory is bounded by the size of a shard, not b
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never
@@ -121,20 +121,19 @@ def build_cache(
         tqdm(total=total, unit="sample", desc="build", smoothing=0.05) as bar,
         logging_redirect_tqdm(),
     ):
-        progress = _Progress(bar, stop)
-        for shard in _build_shards(builder, pending, out, committed, budget, progress.advance):
-            progress.committed(shard)
+        run = _Run(bar=bar, builder=builder, out=out, committed=committed, budget=budget, stop=stop)
+        run.build(pending)
     if broken and not stop.requested:
         raise InputError(
             f"{len(broken)} of {len(tars)} tars could not be read, the others are built: "
             + "; ".join(map(str, broken[:3]))
         )
     return BuildReport(
-        built=progress.built,
-        present=len(indexes) - len(pending) + progress.taken,
-        samples=progress.samples,
-        skipped=progress.skipped,
-        left=len(pending) - progress.built - progress.taken,
+        built=run.built,
+        present=len(indexes) - len(pending) + run.taken,
+        samples=run.samples,
+        skipped=run.skipped,
+        left=len(pending) - run.built - run.taken,
     )
 
 
@@ -178,51 +177,6 @@ def tar_facts(index: TarIndex) -> TarFacts:
     )
 
 
-def _build_shards(
-    builder: Builder,
-    pending: Sequence[TarIndex],
-    out: Path,
-    committed: Committed,
-    budget: SkipBudget,
-    advance: Callable[[int], object],
-) -> Iterator[ShardRecord | None]:
-    """Records of the shards, in the tars' order, each when it is committed; None where another
-    build was faster. A stop drops the tar in work and lets the write under way finish.
-    """
-    with _prepared(builder, pending) as tars, ThreadPoolExecutor(1, "write") as writer:
-        commit: Future[ShardRecord] | None = None
-        with suppress(Stopped):
-            for tar in tars:
-                committed.refresh()
-                if tar.index.name in committed.records:
-                    advance(len(tar.samples) + len(tar.skipped))
-                    yield None
-                    continue
-                features = compute_features(tar, builder.teacher, builder.spec, advance=advance)
-                if commit is not None:
-                    yield commit.result()
-                    commit = None
-                budget.spend(features.skipped)
-                commit = writer.submit(commit_shard, builder, tar.index, features, out)
-                del tar, features  # the writer's now: gone as soon as they are written
-        if commit is not None:
-            yield commit.result()
-
-
-@contextmanager
-def _prepared(builder: Builder, pending: Sequence[TarIndex]) -> Iterator[Iterator[PreparedTar]]:
-    reader = TarReader(
-        builder.spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size,
-        pin=builder.teacher.device.type == "cuda",
-    )  # fmt: skip
-    pool = ThreadPoolExecutor(1, "read")
-    with reader:
-        try:
-            yield Ahead(reader, pending, pool, depth=1)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def commit_shard(
     builder: Builder, index: TarIndex, features: ShardFeatures, out: Path
 ) -> ShardRecord:
@@ -232,8 +186,6 @@ def commit_shard(
         CacheError: the cache cannot be written.
         InputError: the tar cannot be read any more.
     """
-    for sample in features.skipped:
-        log.warning("shard=%s skipped=%s reason=%s", index.name, sample.key, sample.reason)
     with new_shard(
         out,
         index.name,
@@ -250,29 +202,88 @@ def commit_shard(
     return shard.record
 
 
-class _Progress:
-    """Counts what is done; says so on the bar and in the log; looks whether to stop."""
+@dataclass(kw_only=True)
+class _Run:
+    """The shards of one run on their way, and what has come of it."""
 
-    def __init__(self, bar: "tqdm[Never]", stop: StopRequest) -> None:
-        self._bar, self._stop = bar, stop
-        self.built = self.taken = self.samples = self.skipped = self.size = 0
+    bar: "tqdm[Never]"
+    builder: Builder
+    out: Path
+    committed: Committed
+    budget: SkipBudget
+    stop: StopRequest
+    built: int = 0
+    taken: int = 0
+    "Shards that another build was faster with."
+    samples: int = 0
+    skipped: int = 0
+    size: int = 0
+    "Bytes written."
 
-    def advance(self, samples: int) -> None:
-        self._bar.update(samples)
-        self._stop.check()
+    def build(self, pending: Sequence[TarIndex]) -> None:
+        """Run the teacher on one tar after another; each is written while the next one runs."""
+        commit: Future[ShardRecord] | None = None
+        with _prepared(self.builder, pending) as tars, ThreadPoolExecutor(1, "write") as writer:
+            for tar in tars:
+                if self._is_taken(tar.index):
+                    continue
+                try:
+                    features = self._compute(tar)
+                except Stopped:
+                    break
+                self._finish(commit)
+                commit = writer.submit(commit_shard, self.builder, tar.index, features, self.out)
+                del tar, features  # the writer's now: gone as soon as they are written
+            self._finish(commit)
 
-    def committed(self, record: ShardRecord | None) -> None:
-        if record is None:
-            self.taken += 1
+    def _is_taken(self, index: TarIndex) -> bool:
+        self.committed.refresh()
+        if index.name not in self.committed.records:
+            return False
+        self.taken += 1
+        self.bar.update(len(index.samples) + len(index.skipped))
+        return True
+
+    def _compute(self, tar: PreparedTar) -> ShardFeatures:
+        self.stop.check()
+        features = compute_features(
+            tar, self.builder.teacher, self.builder.spec, advance=self._advance
+        )
+        for sample in features.skipped:
+            log.warning("shard=%s skipped=%s reason=%s", tar.index.name, sample.key, sample.reason)
+        self.budget.spend(features.skipped)
+        return features
+
+    def _advance(self, done: int) -> None:
+        self.bar.update(done)
+        self.stop.check()
+
+    def _finish(self, commit: Future[ShardRecord] | None) -> None:
+        if commit is None:
             return
+        record = commit.result()
         size = sum(file.size for file in record.files.values())
         self.built += 1
         self.samples += len(record.keys)
         self.skipped += len(record.skipped)
         self.size += size
-        rate = self.size / 1e6 / max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(f"{rate:.1f} MB/s, {self.skipped} skipped")
+        rate = self.size / 1e6 / max(self.bar.format_dict["elapsed"], 1e-9)
+        self.bar.set_postfix_str(f"{rate:.1f} MB/s, {self.skipped} skipped")
         log.info(
             "shard=%s samples=%d skipped=%d bytes=%d", record.name, len(record.keys),
             len(record.skipped), size,
         )  # fmt: skip
+
+
+@contextmanager
+def _prepared(builder: Builder, pending: Sequence[TarIndex]) -> Iterator[Iterator[PreparedTar]]:
+    """The tars in order, each read while the one before is in work."""
+    pool = ThreadPoolExecutor(1, "read")
+    with TarReader(
+        builder.spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size,
+        pin=builder.teacher.device.type == "cuda",
+    ) as reader:  # fmt: skip
+        try:
+            yield Ahead(reader, pending, pool, depth=1)
+        finally:
+            pool.shutdown(cancel_futures=True)

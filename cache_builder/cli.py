@@ -38,8 +38,9 @@ _AGAIN = "run the same command again to continue"
     "[default: bfloat16 on CUDA, float32 on CPU]",
 )  # fmt: skip
 @click.option(
-    "--batch-size", default=16, show_default=True, type=click.IntRange(min=1),
-    help="Samples per forward pass; changes speed and memory, not content.",
+    "--batch-size", type=click.IntRange(min=1),
+    help="Samples, and images, per forward pass; changes speed and memory, not content.  "
+    "[default: 16 on CUDA, 4 on CPU]",
 )  # fmt: skip
 @click.option(
     "--max-skipped", default="1%", show_default=True, metavar="SHARE|COUNT",
@@ -51,7 +52,7 @@ _AGAIN = "run the same command again to continue"
 @click.option("-v", "--verbose", is_flag=True, help="Log a line per shard to stderr.")
 def build_cache(
     spec: Path, teacher: str, vision_tower: str | None, data: tuple[str, ...], out: Path,
-    device: str | None, dtype: str | None, batch_size: int, max_skipped: str, dry_run: bool,
+    device: str | None, dtype: str | None, batch_size: int | None, max_skipped: str, dry_run: bool,
     as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Run a teacher once over tars and store what Align-KD needs of it.

@@ -27,8 +27,6 @@ from shared.spec import CacheSpec
 from shared.store import ShardWriter
 from shared.tensor_encodings import encode
 
-_AS_IT_IS = ENCODINGS["float32"]
-
 
 @dataclass(kw_only=True)
 class ShardFeatures:
@@ -178,9 +176,8 @@ class _TarRun:
         if self.spec.logprobs is None or signals.top_ids is None or signals.top_logprobs is None:
             return
         rows = {sample.key: sample.num_responses for sample in samples}
-        dtype = getattr(torch, id_dtype(self.teacher.config.llama.vocab_size).__name__)
-        ids = {"": signals.top_ids.to(dtype)}
-        self.arrays.put("top_ids", ("response", "top"), _AS_IT_IS, list(rows), ids)
+        ids = signals.top_ids.to(getattr(torch, id_dtype(self.teacher.vocabulary).__name__))
+        self.arrays.put("top_ids", ("response", "top"), list(rows), ids)
         self._skip(
             self._store(
                 "log-probabilities", "top_logprobs", ("response", "top"),
@@ -215,7 +212,12 @@ class _TarRun:
             pieces = {owner: piece for owner, piece in pieces.items() if owner not in refused}
             parts = encode(encoding, torch.cat(list(pieces.values()))) if pieces else {}
         owners = [owner for owner in num_rows if owner not in refused]
-        self.arrays.put(name, axes, ENCODINGS[encoding], owners, parts)
+        form = ENCODINGS[encoding]
+        for suffix, rows in parts.items():
+            stored_axes = form.axes(suffix, axes)
+            # What lies beside the codes is small, and no encoding has shaped it for compression.
+            level = 3 if suffix else form.zstd_level
+            self.arrays.put(name + suffix, stored_axes, owners, rows, zstd_level=level)
         return {owner: f"the teacher's {signal} {why}" for owner, why in refused.items()}
 
     def _skip(self, reasons: Mapping[str, str | None]) -> None:

@@ -87,6 +87,11 @@ class Teacher:
         return self._device
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that it knows."""
+        return int(self.config.llama.vocab_size)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What of the teacher decides the bytes; nothing of where it lies."""
         return {

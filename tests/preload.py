@@ -8,6 +8,10 @@ import cache_builder.build
 import cache_builder.cli
 import cache_builder.setup
 import shared.cache
+from tests.support import builder
 
 torch.set_num_threads(1)
+FEW_ARRAYS = {"template": "v1", "image_aspect": "pad", "vision_tokens": {"encoding": "float32"}}
+BUILDER = builder(FEW_ARRAYS)
+"For processes that are to be so many that loading a teacher in each would take too long."
 LOADED = (LlamaTokenizer, CLIPImageProcessorPil, cache_builder, shared)

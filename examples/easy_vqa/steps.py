@@ -16,7 +16,7 @@ HERE = Path("examples/easy_vqa")
 TEACHER = HERE / "teacher"
 SPEC = HERE / "cache.yaml"
 RECIPE = HERE / "student.yaml"
-TRAIN_QUESTIONS = 6000
+TRAIN_QUESTIONS = 12000
 "Of 34,700: a student has to learn from less than its teacher."
 
 Who = Literal["baseline", "Align-KD"]

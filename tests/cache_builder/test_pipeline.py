@@ -5,7 +5,6 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from cache_builder.arrays import ShardArrays
 from cache_builder.build import Builder, build_cache
 from cache_builder.prepare import batches_by_length, image_batches, prepare
 from shared.cache import open_cache
-from shared.encodings import ENCODINGS
 from shared.errors import CacheError, InputError
 from shared.samples import index_tar
 from shared.spec import CacheSpec
@@ -257,30 +255,25 @@ def test_an_exception_comes_where_its_result_would_have_come() -> None:
             next(found)
 
 
-AXES, SQRT8 = ("query", "vision"), ENCODINGS["sqrt8"]
-
-
-def rows(values: Sequence[int]) -> dict[str, torch.Tensor]:
-    return {"": torch.tensor(values)[:, None].repeat(1, 2), "__scale": torch.tensor(values) + 0.5}
+def rows(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8)[:, None].repeat(1, 2)
 
 
 def test_rows_land_in_the_tars_order_whatever_the_batches_were() -> None:
     arrays = ShardArrays({"query": {"a": 2, "text": 0, "b": 1, "c": 3}})
-    arrays.put("x", AXES, SQRT8, ["c", "a"], rows([5, 6, 7, 1, 2]))
-    arrays.put("x", AXES, SQRT8, ["b", "text"], rows([3]))
+    arrays.put("x", ("query", "vision"), ["c", "a"], rows(5, 6, 7, 1, 2))
+    arrays.put("x", ("query", "vision"), ["b", "text"], rows(3))
 
-    taken = arrays.take({"query": {"a", "text", "b", "c"}})
+    taken = arrays.take({"query": {"a", "text", "b", "c"}})["x"]
 
-    assert taken["x"].axes == AXES
-    assert taken["x__scale"].axes == ("query",)
-    assert (taken["x"].zstd_level, taken["x__scale"].zstd_level) == (-1, 3)
-    np.testing.assert_array_equal(taken["x"].values[:, 1], [1, 2, 3, 5, 6, 7])
-    np.testing.assert_array_equal(taken["x__scale"].values, [1.5, 2.5, 3.5, 5.5, 6.5, 7.5])
+    assert taken.axes == ("query", "vision")
+    np.testing.assert_array_equal(taken.values[:, 1], [1, 2, 3, 5, 6, 7])
+    assert taken.values.dtype == np.uint8
 
 
 def test_rows_of_an_owner_that_is_not_kept_are_left_out() -> None:
     arrays = ShardArrays({"query": {"a": 2, "b": 1, "c": 3}})
-    arrays.put("x", AXES, SQRT8, ["a", "c"], rows([1, 2, 5, 6, 7]))
+    arrays.put("x", ("query", "vision"), ["a", "c"], rows(1, 2, 5, 6, 7))
 
     np.testing.assert_array_equal(arrays.take({"query": {"a"}})["x"].values[:, 0], [1, 2])
     assert arrays.take({"query": set()}) == {}

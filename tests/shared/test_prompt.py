@@ -1,12 +1,14 @@
 """Prompts: what is learned is the answers and nothing else, whatever the text."""
 
+import logging
+
 import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from shared.conversation import Conversation, Turn, parse_annotation
-from shared.errors import UnusableSample
+from shared.errors import CheckpointError, UnusableSample
 from shared.prompt import (
     ASSISTANT,
     END,
@@ -18,8 +20,8 @@ from shared.prompt import (
     build_prompt,
     question_ids,
 )
-from shared.tokenizer import Tokenizer, tokenizer_identity
-from tests.support import annotation
+from shared.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_identity
+from tests.support import TEACHER, annotation
 
 WORDS = st.sampled_from(
     ["boat", "what", "color", "is", "red", "a", ".", "?", ",", "12", "\n", " ", "USER:", "é", "中",
@@ -186,6 +188,30 @@ def test_plain_takes_no_text_only_sample(tokenizer: Tokenizer) -> None:
 
     with pytest.raises(UnusableSample, match="one image and one caption"):
         build_prompt(Conversation(turns=turns, has_image=False), "plain", tokenizer)
+
+
+def test_a_long_text_is_no_reason_for_a_warning() -> None:
+    """The length limit is the spec's; transformers' own would only confuse."""
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+
+    ids = load_tokenizer(TEACHER)("boat " * 4000).input_ids
+
+    logging.getLogger("transformers").removeHandler(handler)
+    assert len(ids) > 2048
+    assert not heard
+
+
+def test_a_vocabulary_must_hold_every_id_that_text_can_give(
+    tokenizer: Tokenizer,
+) -> None:
+    largest = max(tokenizer.get_vocab().values())
+
+    check_vocabulary(tokenizer, largest + 1, "here")
+    with pytest.raises(CheckpointError, match=rf"here: .*gives id {largest} "):
+        check_vocabulary(tokenizer, largest, "here")
 
 
 def test_the_tokenizers_identity_holds_its_behaviour(tokenizer: Tokenizer) -> None:

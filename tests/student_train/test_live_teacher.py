@@ -61,20 +61,23 @@ class LiveTeacher:
         self.runs += len(keys)
         shards = [self._run(self._where[key]) for key in keys]
         prompts = [shard.samples[0].prompt for shard in shards]
-        attention = {
-            layer: padded(values_of(shards, f"attention_{layer}"))
-            for layer in self.spec.attention_layers
-        }
-        vision = values_of(shards, "vision_tokens")
-        rest = values_of(shards, "rest_logprobs")
+        layers = self.spec.attention_layers
+
+        def pieces(name: str) -> list[npt.NDArray[Any]]:
+            return [shard.arrays[name].values for shard in shards if name in shard.arrays]
+
         return EncodedBatch(
             input_ids=[prompt.input_ids for prompt in prompts],
             labels=[prompt.labels for prompt in prompts],
-            attention={layer: {"": rows} for layer, rows in attention.items() if len(rows)},
-            vision_tokens={"": np.concatenate(vision)} if vision else {},
-            top_ids=np.concatenate(values_of(shards, "top_ids")),
-            top_logprobs={"": np.concatenate(values_of(shards, "top_logprobs"))},
-            rest_logprobs=np.concatenate(rest) if rest else None,
+            attention={
+                layer: {"": padded(found)}
+                for layer in layers
+                if (found := pieces(f"attention_{layer}"))
+            },
+            vision_tokens=joined(pieces("vision_tokens")),
+            top_ids=np.concatenate(pieces("top_ids")),
+            top_logprobs=joined(pieces("top_logprobs")),
+            rest_logprobs=joined(pieces("rest_logprobs")).get(""),
         )
 
     def _run(self, index: TarIndex) -> ShardFeatures:
@@ -87,16 +90,16 @@ class LiveTeacher:
             )
 
 
-def values_of(shards: Sequence[ShardFeatures], name: str) -> list[npt.NDArray[Any]]:
-    """An array of every shard that has it."""
-    return [shard.arrays[name].values for shard in shards if name in shard.arrays]
-
-
 def padded(pieces: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """[Q, H, V] arrays as one [N, Q, H, V], zeros behind the shorter."""
-    longest = max(map(len, pieces), default=0)
-    behind = [((0, longest - len(piece)), (0, 0), (0, 0)) for piece in pieces]
-    return np.array([np.pad(piece, pad) for piece, pad in zip(pieces, behind, strict=True)])
+    longest = max(map(len, pieces))
+    return np.stack(
+        [np.pad(piece, ((0, longest - len(piece)), (0, 0), (0, 0))) for piece in pieces]
+    )
+
+
+def joined(pieces: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {"": np.concatenate(pieces)} if pieces else {}
 
 
 def losses(

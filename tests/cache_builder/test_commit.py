@@ -1,0 +1,85 @@
+"""The commit protocol under kills, faults and company: short modes of the proofs in benchmarks/.
+
+Their full output is in docs/commit.md.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import concurrent_builds, kill_build
+from shared.errors import MismatchError
+from shared.record import FORMAT, IDENTITY, TarFacts
+from shared.store import new_shard
+from tests.student_train.support import environment
+from tests.support import invoke
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_kills_lose_double_and_change_nothing() -> None:
+    result = invoke(kill_build.main, "--kills", "4", "--tars", "4")
+
+    assert result.stdout.splitlines()[-1] == "content as left alone after 4 of 4 kills"
+
+
+def test_builds_at_once_make_the_cache_of_one() -> None:
+    result = invoke(concurrent_builds.main, "--rounds", "1", "--tars", "4")
+
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="faults.c needs a C compiler")
+def test_faults_at_file_operations_leave_no_half_shard() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.faults", "--short"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+    assert done.stdout.splitlines()[-1] == "bad outcomes: 0", done.stdout + done.stderr[-2000:]
+
+
+def facts(**identity: object) -> dict[str, object]:
+    tar = TarFacts(name="t.tar", size=1, sha256="0", index_sha256="1")
+    sections = {**{name: {} for name in IDENTITY}, **identity}
+    return {
+        "format": FORMAT, "identity": sections, "tar": tar, "keys": (), "lengths": (),
+        "images": (), "skipped": (),
+    }  # fmt: skip
+
+
+def files(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_shard_that_comes_to_nothing_leaves_nothing(tmp_path: Path) -> None:
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), new_shard(tmp_path, "t", **facts()):
+            raise error
+
+    assert files(tmp_path) == set()
+
+
+def test_a_shard_that_another_build_committed_meanwhile_is_taken(tmp_path: Path) -> None:
+    with new_shard(tmp_path, "t", **facts()) as slow:
+        with new_shard(tmp_path, "t", **facts()) as fast:
+            pass
+        before = files(tmp_path / "records")
+
+    assert slow.record == fast.record
+    assert files(tmp_path / "records") == before
+    assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_a_shard_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MismatchError, match=r"numerics\.dtype: 'a' there, 'b' here"),
+        new_shard(tmp_path, "t", **facts(numerics={"dtype": "b"})),
+        new_shard(tmp_path, "t", **facts(numerics={"dtype": "a"})),
+    ):
+        pass
+
+    assert '"dtype":"a"' in (tmp_path / "records" / "t.json").read_text()

@@ -26,7 +26,7 @@ from numcodecs import zstd
 
 from benchmarks.signals import CHANNELS, HEADS, ROWS, VISION, Signals, real_signals
 from benchmarks.synthetic_cache import write_cache
-from shared.cache import Cache, open_cache
+from shared.cache import BatchBuffers, Cache, open_cache
 from shared.spec import CacheSpec
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -156,12 +156,19 @@ def make_ways(folder: Path, signals: Sequence[Signals], samples: int) -> list[Wa
     """Every store, written to disk; ours first."""
     spec = CacheSpec.load(SPEC)
     write_cache(folder / "ours", spec, signals, samples=samples, shards=1)
-    cache = open_cache(folder / "ours")
+    cache, buffers = open_cache(folder / "ours"), BatchBuffers()
     encoded = [_arrays(cache, [number]) for number in range(samples)]
     encoded = [{name: array[0] for name, array in arrays.items()} for arrays in encoded]
     half = [_half(signals[n % len(signals)]) for n in range(samples)]
     return [
-        Way(name="this project", read=lambda ns: _arrays(cache, ns), files=folder / "ours"),
+        Way(
+            name="this project", read=lambda ns: _arrays(cache, ns, buffers), files=folder / "ours"
+        ),
+        Way(
+            name="this project, new memory",
+            read=lambda ns: _arrays(cache, ns),
+            files=folder / "ours",
+        ),
         _zarr_same(folder / "ours", encoded[0]),
         _zarr_samples(folder / "zarr", encoded),
         _memmap_zstd(folder / "memmap", encoded),
@@ -184,8 +191,9 @@ NAMES = {
 "Name here -> array of the cache: what makes 98 % of a sample."
 
 
-def _arrays(cache: Cache, numbers: Sequence[int]) -> Arrays:
-    batch = cache.read_batch([f"sample-{n:08d}" for n in numbers], ("attention", "vision_tokens"))
+def _arrays(cache: Cache, numbers: Sequence[int], buffers: BatchBuffers | None = None) -> Arrays:
+    keys = [f"sample-{n:08d}" for n in numbers]
+    batch = cache.read_batch(keys, ("attention", "vision_tokens"), buffers)
     attention = {f"attention{suffix}": part for suffix, part in batch.attention[0].items()}
     return attention | {f"vision{suffix}": part for suffix, part in batch.vision_tokens.items()}
 
@@ -249,8 +257,7 @@ def _memmap_zstd(folder: Path, samples: Sequence[Arrays]) -> Way:
     folder.mkdir()
     edges, blobs = {}, {}
     for name in samples[0]:
-        level = -1 if name in ("attention", "vision") else 3
-        pieces = [zstd.compress(sample[name].tobytes(), level) for sample in samples]
+        pieces = [zstd.compress(sample[name].tobytes(), -1) for sample in samples]
         (folder / name).write_bytes(b"".join(pieces))
         edges[name] = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).tolist()
         blobs[name] = np.memmap(folder / name, dtype=np.uint8, mode="r")
@@ -367,9 +374,8 @@ def _webdataset(folder: Path, samples: Sequence[Arrays]) -> Way:
             return following(0)
         return {name: sample[f"{name}.npy"] for name in samples[0]}
 
-    way = Way(
-        name="WebDataset of .npy, streamed", read=_filling(samples[0], following), files=folder
-    )
+    read = _filling(samples[0], following)
+    return Way(name="WebDataset of .npy, streamed", read=read, files=folder, streamed=True)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _put(
             name + suffix,
             torch.cat([piece[suffix] for piece in pieces]).numpy(),
             ENCODINGS[encoding].axes(suffix, axes),
-            zstd_level=3 if suffix else ENCODINGS[encoding].zstd_level,
+            zstd_level=ENCODINGS[encoding].zstd_level,
         )
 
 

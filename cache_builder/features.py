@@ -215,9 +215,7 @@ class _TarRun:
         form = ENCODINGS[encoding]
         for suffix, rows in parts.items():
             stored_axes = form.axes(suffix, axes)
-            # What lies beside the codes is small, and no encoding has shaped it for compression.
-            level = 3 if suffix else form.zstd_level
-            self.arrays.put(name + suffix, stored_axes, owners, rows, zstd_level=level)
+            self.arrays.put(name + suffix, stored_axes, owners, rows, zstd_level=form.zstd_level)
         return {owner: f"the teacher's {signal} {why}" for owner, why in refused.items()}
 
     def _skip(self, reasons: Mapping[str, str | None]) -> None:

@@ -10,9 +10,10 @@ a sample is asked for.
     sample.attention[0]     # [H, Q, V] float32: A_tv of the teacher's first layer
 
 A trainer reads whole batches with `read_batch`: padded, still encoded, to be decoded on the device
-with `shared.tensor_encodings.decode`.
+with `shared.tensor_encodings.decode`. With `BatchBuffers` it reads into the same memory each time.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,6 +88,28 @@ class EncodedBatch:
     "Log of the probability outside the top k."
 
 
+class BatchBuffers:
+    """Memory that batches are read into again and again: no page of it is fresh.
+
+    A batch that was read into buffers holds until the next one is read into them.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array with any content in the memory of this name."""
+        size = math.prod(shape) * dtype.itemsize
+        memory = self._memory.get(name)
+        if memory is None or len(memory) < size:
+            self._memory[name] = memory = np.empty(size, dtype=np.uint8)
+        return memory[:size].view(dtype).reshape(shape)
+
+
+_Rows = tuple[ShardReader, int, int]
+"Where rows are: reader, first row, row behind the last."
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Place:
     """Where one sample lies."""
@@ -156,14 +179,21 @@ class Cache:
         return _decoded(key, self.read_batch([key]), self.spec)
 
     def read_batch(
-        self, keys: Sequence[str], signals: Collection[Signal] = SIGNALS
+        self,
+        keys: Sequence[str],
+        signals: Collection[Signal] = SIGNALS,
+        buffers: BatchBuffers | None = None,
     ) -> EncodedBatch:
         """Samples in this order, of the named signals only.
+
+        Args:
+            buffers: memory to read into; by default new memory.
 
         Raises:
             KeyError: no such sample.
             DamagedError: a file is missing or its bytes are not what was written.
         """
+        buffers = buffers or BatchBuffers()
         places = [self._place(key) for key in keys]
         with_image = [place for place in places if place.image >= 0]
         layers = self.spec.attention_layers if "attention" in signals and with_image else ()
@@ -172,31 +202,37 @@ class Cache:
         return EncodedBatch(
             input_ids=[_own(p, "input_ids") for p in places],
             labels=[_own(p, "labels") for p in places],
-            attention={layer: self._attention(layer, with_image) for layer in layers},
-            vision_tokens=self._vision(with_image) if "vision_tokens" in signals else {},
-            top_ids=_joined("top_ids", responses),
-            top_logprobs=self._logprobs(responses),
-            rest_logprobs=_joined("rest_logprobs", responses),
+            attention={layer: self._attention(layer, with_image, buffers) for layer in layers},
+            vision_tokens=self._vision(with_image, buffers) if "vision_tokens" in signals else {},
+            top_ids=_joined("top_ids", responses, buffers),
+            top_logprobs=self._logprobs(responses, buffers),
+            rest_logprobs=_joined("rest_logprobs", responses, buffers),
         )
 
-    def _attention(self, layer: int, places: Sequence[_Place]) -> dict[str, Array]:
+    def _attention(
+        self, layer: int, places: Sequence[_Place], buffers: BatchBuffers
+    ) -> dict[str, Array]:
         assert self.spec.attention is not None
         rows = [(p.reader, *p.span("query_offsets")) for p in places]
         name, siblings = f"attention_{layer}", ENCODINGS[self.spec.attention.encoding].siblings
-        return {suffix: _padded(name + suffix, rows) for suffix in ("", *siblings)}
+        return {suffix: _padded(name + suffix, rows, buffers) for suffix in ("", *siblings)}
 
-    def _vision(self, places: Sequence[_Place]) -> dict[str, Array]:
+    def _vision(self, places: Sequence[_Place], buffers: BatchBuffers) -> dict[str, Array]:
         if self.spec.vision_tokens is None or not places:
             return {}
         siblings = ENCODINGS[self.spec.vision_tokens.encoding].siblings
-        return {suffix: _images(f"vision_tokens{suffix}", places) for suffix in ("", *siblings)}
+        return {
+            suffix: _images(f"vision_tokens{suffix}", places, buffers) for suffix in ("", *siblings)
+        }
 
-    def _logprobs(self, rows: Sequence[tuple[ShardReader, int, int]]) -> dict[str, Array]:
+    def _logprobs(self, rows: Sequence[_Rows], buffers: BatchBuffers) -> dict[str, Array]:
         if not rows:
             return {}
         assert self.spec.logprobs is not None
         siblings = ENCODINGS[self.spec.logprobs.encoding].siblings
-        found = {suffix: _joined(f"top_logprobs{suffix}", rows) for suffix in ("", *siblings)}
+        found = {
+            suffix: _joined(f"top_logprobs{suffix}", rows, buffers) for suffix in ("", *siblings)
+        }
         return {suffix: stored for suffix, stored in found.items() if stored is not None}
 
     def _place(self, key: str) -> _Place:
@@ -241,25 +277,25 @@ def _own(place: _Place, name: str) -> npt.NDArray[np.int32]:
     return rows
 
 
-def _padded(name: str, rows: Sequence[tuple[ShardReader, int, int]]) -> Array:
+def _padded(name: str, rows: Sequence[_Rows], buffers: BatchBuffers) -> Array:
     """Rows of each sample in one array, zeros behind the shorter ones."""
     for reader, start, stop in rows:
         reader.check_rows(name, start, stop)
     longest = max(stop - start for _, start, stop in rows)
     layout = rows[0][0].layout(name)
-    padded = np.empty((len(rows), longest, *layout.shape[1:]), dtype=layout.dtype)
+    padded = buffers.take(name, (len(rows), longest, *layout.shape[1:]), layout.dtype)
     for number, (reader, start, stop) in enumerate(rows):
         reader.read_into(name, start, stop, padded[number, : stop - start])
         padded[number, stop - start :] = 0
     return padded
 
 
-def _images(name: str, places: Sequence[_Place]) -> Array:
+def _images(name: str, places: Sequence[_Place], buffers: BatchBuffers) -> Array:
     """One row per sample; a row that two samples share is read once."""
     for place in places:
         place.reader.check_rows(name, place.image, place.image + 1)
     layout = places[0].reader.layout(name)
-    rows = np.empty((len(places), *layout.shape[1:]), dtype=layout.dtype)
+    rows = buffers.take(name, (len(places), *layout.shape[1:]), layout.dtype)
     seen: dict[tuple[int, int], int] = {}
     for number, place in enumerate(places):
         twin = seen.setdefault((id(place.reader), place.image), number)
@@ -270,14 +306,15 @@ def _images(name: str, places: Sequence[_Place]) -> Array:
     return rows
 
 
-def _joined(name: str, rows: Sequence[tuple[ShardReader, int, int]]) -> Array | None:
+def _joined(name: str, rows: Sequence[_Rows], buffers: BatchBuffers) -> Array | None:
     """Rows of all samples one after another; None if there are none or no such array."""
     if not rows or not rows[0][0].has(name):
         return None
     for reader, start, stop in rows:
         reader.check_rows(name, start, stop)
     layout = rows[0][0].layout(name)
-    joined = np.empty((sum(b - a for _, a, b in rows), *layout.shape[1:]), dtype=layout.dtype)
+    number = sum(stop - start for _, start, stop in rows)
+    joined = buffers.take(name, (number, *layout.shape[1:]), layout.dtype)
     end = 0
     for reader, start, stop in rows:
         begin, end = end, end + stop - start

@@ -47,8 +47,9 @@ class Encoding:
 
     @property
     def zstd_level(self) -> int:
-        """Of the lossless stage. Codes of 8 and 6 bits have nearly nothing left to squeeze: a
-        negative level leaves them as they are, which reads four times as fast for 5 % more bytes.
+        """Of the lossless stage, for codes and siblings. Codes of 8 and 6 bits have nearly nothing
+        left to squeeze: a negative level leaves them as they are, which reads four times as fast
+        for 5 % more bytes.
         """
         return -1 if self.bits in (6, 8) else 3
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ MAX_SAMPLE_BYTES = 2**30
 _MAX_METADATA = 2**16
 _MAX_INDEX = 2**28
 _CHECKSUM = 4
+_thread = threading.local()
 _LONGEST_HEADER = 18
 _DTYPES = ("uint8", "uint16", "uint32", "int32", "int64", "float16", "float32")
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -122,7 +124,7 @@ class StoredArray:
         length = 16 * layout.num_chunks + _CHECKSUM
         if not length <= min(size, _MAX_INDEX):
             raise ValueError(f"{layout.file} of {size} bytes cannot hold an index of {length}")
-        index = _read_file(path, 0, length)
+        index = _read_file(path, 0, np.empty(length, dtype=np.uint8))
         _check(index, f"{layout.file}: the index")
         table = np.frombuffer(index[:-_CHECKSUM], dtype="<u8").reshape(-1, 2)
         begins, sizes = table[:, 0], table[:, 1]
@@ -151,7 +153,8 @@ class StoredArray:
         wanted = out.reshape(-1).view(np.uint8)
         first, last = start // layout.chunk_rows, (stop - 1) // layout.chunk_rows
         begin = int(self.edges[first])
-        stored = _read_file(self.path, begin, int(self.edges[last + 1]) - begin)
+        stored = _scratch("stored", int(self.edges[last + 1]) - begin)
+        _read_file(self.path, begin, stored)
         for chunk in range(first, last + 1):
             piece = stored[int(self.edges[chunk]) - begin : int(self.edges[chunk + 1]) - begin]
             _check(piece, f"chunk {chunk}")
@@ -162,7 +165,7 @@ class StoredArray:
         low, high = max(start, chunk * rows), min(stop, (chunk + 1) * rows)
         target = wanted[(low - start) * row_bytes : (high - start) * row_bytes]
         whole = high - low == rows
-        buffer = target if whole else np.empty(rows * row_bytes, dtype=np.uint8)
+        buffer = target if whole else _scratch("inflated", rows * row_bytes)
         # Asked first: a frame that is too short would leave the rest of the buffer as it was.
         if (found := _content_size(piece)) != len(buffer):
             raise ValueError(f"chunk {chunk} inflates to {found} bytes, expected {len(buffer)}")
@@ -264,7 +267,8 @@ class ShardReader:
         try:
             if metadata.size > _MAX_METADATA:
                 raise ValueError(f"zarr.json of {metadata.size} bytes")  # noqa: TRY301
-            text = _read_file(self._folder / name / "zarr.json", 0, metadata.size).tobytes()
+            into = np.empty(metadata.size, dtype=np.uint8)
+            text = _read_file(self._folder / name / "zarr.json", 0, into).tobytes()
             # No chunk's checksum covers this one: another shape or type would read as other values.
             found = hashlib.sha256(text).hexdigest()
             if found != metadata.sha256:
@@ -338,15 +342,24 @@ def _found(entry: Entry | None) -> str:
     return f"{entry.size} bytes" if entry.kind == "file" else f"a {entry.kind}"
 
 
-def _read_file(path: Path, begin: int, size: int) -> Bytes:
+def _scratch(purpose: str, size: int) -> Bytes:
+    """Memory of this thread, used again: fresh pages cost more than copying into old ones."""
+    found: Bytes | None = getattr(_thread, purpose, None)
+    if found is None or len(found) < size:
+        found = np.empty(size, dtype=np.uint8)
+        setattr(_thread, purpose, found)
+    return found[:size]
+
+
+def _read_file(path: Path, begin: int, into: Bytes) -> Bytes:
     descriptor = os.open(path, _OPEN_FLAGS)
     try:
-        content = os.pread(descriptor, size, begin)
+        size = os.preadv(descriptor, [into.data], begin)
     finally:
         os.close(descriptor)
-    if len(content) != size:
-        raise ValueError(f"ends after {begin + len(content)} bytes, expected {begin + size}")
-    return np.frombuffer(content, dtype=np.uint8)
+    if size != len(into):
+        raise ValueError(f"ends after {begin + size} bytes, expected {begin + len(into)}")
+    return into
 
 
 def _check(stored: Bytes, what: str) -> None:

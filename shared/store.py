@@ -28,9 +28,11 @@ from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
 from shared.errors import CacheError
 from shared.record import DATA, RECORDS, ShardRecord, StoredFile, compare
 
-_CHUNK_BYTES = 64 * 1024
-"""Inner chunk before compression: a 7B sample's attention (128 rows of 8 bits) is 9 of them.
-Smaller ones cost a reader more calls, larger ones more rows that it has not asked for."""
+_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 128 * 1024, 16 * 1024
+"""Inner chunks before compression. Large ones hold a signal's codes: a 7B sample's attention (128
+rows of 6 bits) is 4 of them, and its vision tokens are one chunk of their own size. Small ones hold
+what has a few bytes a row or stands beside a signal, of which a sample wants some kilobytes."""
+_LARGE_ROW = 1024
 
 
 @dataclass(kw_only=True)
@@ -104,7 +106,9 @@ def put_array(
 ) -> None:
     """One array of a shard, in the profile that `shared.reader` reads."""
     row_bytes = max(1, values[:1].nbytes)
-    rows = max(1, min(len(values), _CHUNK_BYTES // row_bytes))
+    is_large = row_bytes >= _LARGE_ROW and "__" not in name
+    chunk_bytes = _CHUNK_BYTES if is_large else _SMALL_CHUNK_BYTES
+    rows = max(1, min(len(values), chunk_bytes // row_bytes))
     chunks = (rows, *values.shape[1:])
     whole = (max(1, -(-len(values) // rows)) * rows, *values.shape[1:])
     array = group.create_array(

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs import zstd
 
-from shared.cache import Cache, open_cache
+from shared.cache import BatchBuffers, Cache, open_cache
 from shared.encodings import decode
 from shared.reader import ArrayLayout, StoredArray
 from shared.store import put_array
@@ -293,3 +293,15 @@ def test_a_pickled_cache_finds_its_keys(cache: Cache) -> None:
     assert again.keys() == cache.keys()
     assert all(key in again for key in cache.keys())  # noqa: SIM118
     assert "nowhere" not in again
+
+
+def test_buffers_that_are_used_again_give_the_same_batches(cache: Cache) -> None:
+    buffers, keys = BatchBuffers(), cache.keys()
+    for chosen in (keys, keys[:1], keys[::-1], keys[1:]):
+        fresh, used = cache.read_batch(chosen), cache.read_batch(chosen, buffers=buffers)
+
+        assert used.attention.keys() == fresh.attention.keys()
+        for layer, parts in fresh.attention.items():
+            for suffix, stored_ in parts.items():
+                np.testing.assert_array_equal(used.attention[layer][suffix], stored_)
+        np.testing.assert_array_equal(used.top_ids, fresh.top_ids)

@@ -14,6 +14,7 @@ import torch
 
 from examples.easy_vqa.pictures import Answered, draw
 from examples.easy_vqa.steps import (
+    SPEC,
     TEACHER,
     TRAIN_QUESTIONS,
     StudentResult,
@@ -49,12 +50,12 @@ def main() -> None:
     train_tars = prepare_split(OUT / "data", "train", TRAIN_QUESTIONS)
     test_tars = prepare_split(OUT / "data", "test", TEST_QUESTIONS)
     building = time.monotonic()
-    cache = build(OUT, train_tars)
+    cache = build(OUT, train_tars, SPEC)
     building = time.monotonic() - building
     models = write_student(OUT, seed=0)
     results = {
-        who: train(who, OUT / who.lower(), models, train_tars, test_tars, cache, seed=0)
-        for who in ("baseline", "Align-KD")
+        who: train(OUT / who.lower(), models, train_tars, test_tars, teaching, seed=0)
+        for who, teaching in (("baseline", None), ("Align-KD", cache))
     }
     summary = json.loads(run("cache-tools", "info", cache, "--json"))
     teacher = held_out(test_tars).score(load_model(ModelFolder(str(TEACHER))).eval())

@@ -178,7 +178,7 @@ def _whole_shards(out: Path, problems: list[str]) -> list[str]:
 
 def _run(folder: Path, out: Path, tar: Path, fault: Fault | None) -> int:
     process = start(_build, folder, out, tar, fault, log=folder / "output")
-    process.join(120)
+    process.join()
     assert process.exitcode is not None
     return process.exitcode
 
@@ -352,7 +352,7 @@ def _as_nobody(given: Sequence[str]) -> None:
 
 def _command(folder: Path, out: Path, tars: Sequence[Path], spec: Path) -> tuple[int, str]:
     process = start_build(arguments(out, tars, spec), folder / "output")
-    process.join(120)
+    process.join()
     assert process.exitcode is not None
     return process.exitcode, (folder / "output").read_text()
 

@@ -85,7 +85,7 @@ def main(short: bool) -> None:
         ]
         bad = _inject(folder, tars[0], short)
         bad += _power_cuts(folder, tars[0])
-        bad += _small_disks(folder, tars, sizes=4 if short else 40)
+        bad += _small_disks(folder, tars, sizes=2 if short else 40)
         bad += _not_allowed(folder, tars[0])
     print(f"bad outcomes: {len(bad)}")
     for line in bad[:20]:
@@ -130,7 +130,7 @@ def _inject(folder: Path, tar: Path, short: bool) -> list[str]:
 
 def _faults(kind: str, operations: Sequence[Operation], short: bool) -> Iterator[Fault]:
     fitting = [o for o in operations if "short" not in kind or o.name == "write"]
-    for operation in fitting[:: len(fitting) // 4 if short else 1]:
+    for operation in fitting[:: len(fitting) // 2 if short else 1]:
         code = errno.ENOSPC if "full" in kind else ERRORS[operation.number % len(ERRORS)]
         yield Fault(operation.number, kind, code)
 
@@ -178,7 +178,7 @@ def _whole_shards(out: Path, problems: list[str]) -> list[str]:
 
 def _run(folder: Path, out: Path, tar: Path, fault: Fault | None) -> int:
     process = start(_build, folder, out, tar, fault, log=folder / "output")
-    process.join(120)
+    process.join()
     assert process.exitcode is not None
     return process.exitcode
 
@@ -352,7 +352,7 @@ def _as_nobody(given: Sequence[str]) -> None:
 
 def _command(folder: Path, out: Path, tars: Sequence[Path], spec: Path) -> tuple[int, str]:
     process = start_build(arguments(out, tars, spec), folder / "output")
-    process.join(120)
+    process.join()
     assert process.exitcode is not None
     return process.exitcode, (folder / "output").read_text()
 

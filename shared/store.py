@@ -79,8 +79,8 @@ def new_shard(root: Path, name: str, **facts: Any) -> Iterator[ShardWriter]:
         writer.record = _commit(root, record)
     except OSError as error:
         raise CacheError(
-            f"{root}: shard {name} cannot be written ({error.strerror or error}); nothing of it "
-            "counts, run the same command again once that is mended"
+            f"{root}: shard {name} cannot be written ({error.strerror or error}); only "
+            "what has a record counts, run the same command again once that is mended"
         ) from error
 
 

@@ -3,15 +3,16 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
+from cache_builder.cli import build_cache
 from cache_builder.stopping import Stopped, StopRequest, stop_on_sigterm
-from tests.processes import arguments, start, start_build
+from tests.processes import arguments, start
 from tests.support import (
     FULL,
     build,
@@ -34,24 +35,31 @@ def tars(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def begun(tmp_path: Path, tars: list[Path]) -> Callable[[], ForkServerProcess]:
-    """A build in `cache` that has committed a shard; its output goes to `log`."""
+def signalled(tmp_path: Path, tars: list[Path]) -> Callable[[int], tuple[int | None, str]]:
+    """Exit code and last line of a build in `cache` that gets a signal after its first shard."""
 
-    def run() -> ForkServerProcess:
+    def run(number: int) -> tuple[int | None, str]:
         (tmp_path / "spec.yaml").write_text(json.dumps(FULL))
         given = arguments(tmp_path / "cache", tars, tmp_path / "spec.yaml")
-        process = start_build(given, tmp_path / "log")
-        while process.is_alive() and not any(tmp_path.glob("cache/records/*.json")):
-            time.sleep(0.002)
-        return process
+        process = start(build_and_signal, given, tmp_path / "cache", number, log=tmp_path / "log")
+        process.join()
+        output = (tmp_path / "log").read_text()
+        assert "Traceback" not in output
+        return process.exitcode, output.splitlines()[-1]
 
     return run
 
 
-def end_of(process: ForkServerProcess, log: Path) -> str:
-    process.join(60)
-    assert "Traceback" not in log.read_text()
-    return log.read_text().splitlines()[-1]
+def build_and_signal(given: list[str], out: Path, number: int) -> None:
+    """`build-cache` that signals itself: a test that watched it might sleep until it has ended."""
+
+    def watch() -> None:
+        while not any(out.glob("records/*.json")):
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, daemon=True).start()
+    build_cache(given)
 
 
 def shards(out: Path) -> int:
@@ -59,14 +67,13 @@ def shards(out: Path) -> int:
 
 
 def test_sigterm_ends_a_build_with_0_and_the_same_command_continues_it(
-    begun: Callable[[], ForkServerProcess], tmp_path: Path, tars: list[Path]
+    signalled: Callable[[int], tuple[int | None, str]], tmp_path: Path, tars: list[Path]
 ) -> None:
-    process, out = begun(), tmp_path / "cache"
-    process.terminate()
+    out = tmp_path / "cache"
 
-    line = end_of(process, tmp_path / "log")
+    code, line = signalled(signal.SIGTERM)
 
-    assert process.exitcode == 0
+    assert code == 0
     built = shards(out)
     assert 0 < built < 12
     assert f"{built} shards built, 0 were there" in line
@@ -78,15 +85,13 @@ def test_sigterm_ends_a_build_with_0_and_the_same_command_continues_it(
 
 
 def test_ctrl_c_ends_a_build_with_130_and_one_line(
-    begun: Callable[[], ForkServerProcess], tmp_path: Path, tars: list[Path]
+    signalled: Callable[[int], tuple[int | None, str]], tmp_path: Path, tars: list[Path]
 ) -> None:
-    process, out = begun(), tmp_path / "cache"
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
+    out = tmp_path / "cache"
 
-    line = end_of(process, tmp_path / "log")
+    code, line = signalled(signal.SIGINT)
 
-    assert process.exitcode == 130
+    assert code == 130
     assert line == "Interrupted: what was committed stays, nothing half counts"
     built = shards(out)
     assert 0 < built < 12
@@ -100,7 +105,7 @@ def test_sigterm_while_nobody_looks_ends_that_at_once() -> None:
 
 def test_a_second_sigterm_kills(tmp_path: Path) -> None:
     process = start(ask_twice, log=tmp_path / "log")
-    process.join(60)
+    process.join()
 
     assert process.exitcode == -signal.SIGTERM
     assert (tmp_path / "log").read_text() == "asked once\n"

@@ -22,6 +22,7 @@ from student_train.config import Recipe
 from student_train.data import load_training_set
 from student_train.evaluate import HeldOutSet
 from student_train.loop import Outcome, make_accelerator, train
+from student_train.probe import check_probe
 from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
 from student_train.student import AlignedStudent, TeacherShape
 
@@ -71,6 +72,9 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     accepted = {}
     if cache is not None:
         accepted = check_fit(cache, recipe, tokenizer, processor, model, inputs)
+        accepted |= check_probe(
+            cache, recipe, tokenizer, processor, accept=inputs.accept, accepted=accepted
+        )
     student = _make_student(model, recipe, cache, inputs.adapters)
     tars = expand_tars(inputs.data)
     training_set = load_training_set(tars, recipe, tokenizer, processor, cache)

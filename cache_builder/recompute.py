@@ -198,10 +198,10 @@ def _excess(encoding: str, stored: Values, exact: Values | Any, noise: float) ->
         return 0.0
     slack = noise * float(np.abs(exact).max())
     off = np.abs(stored.astype(np.float64) - exact)
-    return float((off - slack - _bound(encoding, np.abs(exact) + slack, exact)).max())
+    return float((off - slack - error_bound(encoding, np.abs(exact) + slack, exact)).max())
 
 
-def _bound(encoding: str, largest: Values | Any, exact: Values | Any) -> Any:
+def error_bound(encoding: str, largest: Values | Any, exact: Values | Any) -> Any:
     """Largest error of each value, as `cache_specs/encodings/` has it.
 
     Args:

@@ -32,6 +32,7 @@ def write_cache(
             tar=TarFacts(name=f"t-{shard:06d}.tar", size=0, sha256=_DIGEST, index_sha256=_DIGEST),
             keys=tuple(f"sample-{number:08d}" for number in numbers),
             lengths=(len(SEQUENCE) + 143,) * each, images=tuple(range(each)), skipped=(),
+            probe=(),
         ) as writer:  # fmt: skip
             _write(writer, spec, [signals[number % len(signals)] for number in numbers])
 

@@ -23,6 +23,7 @@ from cache_builder.ahead import Ahead
 from cache_builder.committed import ADVICE, Committed
 from cache_builder.features import ShardFeatures, compute_features, write_features
 from cache_builder.prepare import PreparedTar, TarReader
+from cache_builder.probe import make_probe, write_probe
 from cache_builder.skips import SkipBudget, SkipLimit
 from cache_builder.stopping import Stopped, StopRequest
 from cache_builder.teacher import Teacher
@@ -31,6 +32,7 @@ from shared.images import ImageProcessor
 from shared.plan import plan_file
 from shared.record import (
     FORMAT,
+    ProbeSample,
     ShardRecord,
     TarFacts,
     compare,
@@ -186,6 +188,7 @@ def commit_shard(
         CacheError: the cache cannot be written.
         InputError: the tar cannot be read any more.
     """
+    probe = make_probe(index, features.samples, builder.processor)
     with new_shard(
         out,
         index.name,
@@ -196,8 +199,10 @@ def commit_shard(
         lengths=tuple(sample.num_tokens for sample in features.samples),
         images=tuple(features.images),
         skipped=tuple(features.skipped),
+        probe=tuple(ProbeSample(key=p.key, pixels_sha256=p.pixels_sha256) for p in probe),
     ) as shard:
         write_features(shard, features, builder.spec)
+        write_probe(shard, probe)
     assert shard.record is not None
     return shard.record
 

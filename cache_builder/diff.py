@@ -22,6 +22,8 @@ class ShardDiff:
     "Samples."
     skipped: dict[str, tuple[str | None, str | None]]
     "Key -> reason in A, reason in B; None where it is not skipped."
+    probe: dict[str, tuple[str | None, str | None]]
+    "Key -> digest of its pixels in A, in B; None where it is not probed."
     arrays: dict[str, tuple[str | None, str | None]]
     "Array -> digest in A, digest in B; None where there is none."
 
@@ -91,11 +93,15 @@ def _identity(records: Mapping[str, ShardRecord]) -> dict[str, Any]:
 def _diff_shard(ours: ShardRecord, theirs: ShardRecord) -> ShardDiff:
     a, b = set(ours.keys), set(theirs.keys)
     skips = [{s.key: s.reason for s in record.skipped} for record in (ours, theirs)]
+    probes = [
+        {s.key: s.pixels_sha256 or "text only" for s in record.probe} for record in (ours, theirs)
+    ]
     return ShardDiff(
         tar=_pairs(vars(ours.tar), vars(theirs.tar)),
         keys_only_in_a=tuple(key for key in ours.keys if key not in b),
         keys_only_in_b=tuple(key for key in theirs.keys if key not in a),
         skipped=_pairs(*skips),
+        probe=_pairs(*probes),
         arrays=_pairs(array_digests(ours), array_digests(theirs)),
     )
 

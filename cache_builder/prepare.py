@@ -95,7 +95,9 @@ def prepare(
         yield Skipped(key=key, reason=reason)
     for key, sample in read_samples(tar):
         try:
-            yield _prepare(sample, spec, tokenizer)
+            if isinstance(sample, UnusableSample):
+                raise sample
+            yield prepare_sample(sample, spec, tokenizer)
         except UnusableSample as unusable:
             yield Skipped(key=key, reason=str(unusable))
 
@@ -191,11 +193,12 @@ def decode_images(
     )
 
 
-def _prepare(
-    sample: Sample | UnusableSample, spec: CacheSpec, tokenizer: Tokenizer
-) -> PreparedSample:
-    if isinstance(sample, UnusableSample):
-        raise sample
+def prepare_sample(sample: Sample, spec: CacheSpec, tokenizer: Tokenizer) -> PreparedSample:
+    """Build a sample's prompt.
+
+    Raises:
+        UnusableSample: it has none, or one that is too long.
+    """
     prompt = build_prompt(sample.conversation, spec.template, tokenizer)
     length = prompt.num_tokens(NUM_VISION)
     if length > spec.max_tokens:

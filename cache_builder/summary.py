@@ -16,6 +16,7 @@ _SIGNALS = {
     "top_": "log-probabilities",
     "rest_": "log-probabilities",
     "response_offsets": "log-probabilities",
+    "probe_": "probe",
 }
 "Array prefix -> the signal that it belongs to; everything else is the sequence."
 

@@ -26,6 +26,9 @@ _WORKERS = click.option(
     "--workers", default=min(8, os.cpu_count() or 1), show_default="CPUs, at most 8",
     type=click.IntRange(min=1), help="Shards checked at the same time.",
 )  # fmt: skip
+_TOWER = click.option(
+    "--vision-tower", help="CLIP folder or hub id.  [default: the teacher's config says]"
+)
 _DECODE = click.option(
     "--decode", is_flag=True,
     help="Also read every sample: finite values, probabilities up to 1, ids of the vocabulary.",
@@ -36,15 +39,26 @@ _DECODE = click.option(
 @click.argument("cache", type=_FOLDER)
 @_WORKERS
 @_DECODE
+@click.option(
+    "--teacher",
+    help="Also compute the targets of each shard's probe again with this teacher.",
+)
+@_TOWER
+@click.option("--device", help="For the teacher.  [default: cuda if there is one]")
 @_JSON
-def verify(cache: Path, workers: int, decode: bool, as_json: bool) -> None:
+def verify(
+    cache: Path, workers: int, decode: bool, teacher: str | None, vision_tower: str | None,
+    device: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Compare every byte of CACHE with its records.
 
     Names all that is missing, changed, or there in excess, and ends with 1 if there is any.
     """
-    from cache_builder.verify import verify_cache
+    from cache_builder.verify import verify_cache, verify_targets
 
     report = verify_cache(cache, workers=workers, decode=decode)
+    if teacher is not None and not any(p.kind == "cache" for p in report.problems):
+        report = verify_targets(cache, report, teacher, vision_tower=vision_tower, device=device)
     if as_json:
         values = {**dataclasses.asdict(report), "bad_shards": report.bad_shards}
         click.echo(json.dumps(values, indent=1))
@@ -59,7 +73,7 @@ def verify(cache: Path, workers: int, decode: bool, as_json: bool) -> None:
 @_WORKERS
 @_DECODE
 @click.option("--teacher", help="Rebuild with this teacher, folder or hub id; needs --data.")
-@click.option("--vision-tower", help="CLIP folder or hub id.  [default: the teacher's config says]")
+@_TOWER
 @click.option("--data", multiple=True, help="Tars to rebuild from, as for build-cache. Repeatable.")
 @click.option("--device", help="For the rebuild.  [default: cuda if there is one]")
 def repair(
@@ -182,6 +196,8 @@ class _Rebuild:
 def _report_lines(cache: Path, report: "Report") -> Iterator[str]:
     yield from map(str, report.problems)
     decoded = f", {report.samples} samples decoded" if report.samples else ""
+    if report.recomputed:
+        decoded += f", {report.recomputed} of the probe computed again"
     yield (
         f"{cache}: {report.shards} shards, {report.files} files, {bytes_text(report.size)}{decoded}"
         f": {f'{len(report.problems)} problems' if report.problems else 'all good'}"
@@ -196,7 +212,13 @@ def _verdict(cache: Path, report: "Report") -> str:
     bad = report.bad_shards
     shown = f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}"
     shards = f"{len(bad)} of {report.shards} shards are damaged: {shown}; " if bad else ""
-    others = [problem for problem in report.problems if problem.kind != "shard"]
+    off = sorted({problem.place for problem in report.problems if problem.kind == "targets"})
+    if off:
+        shards += (
+            f"{len(off)} shards hold other values than this teacher gives: {', '.join(off[:5])}; "
+            "delete their records and build them again, "
+        )
+    others = [problem for problem in report.problems if problem.kind in ("plan", "cache")]
     other = f"{len(others)} problems besides, the first: {others[0]}; " if others else ""
     advice = f"cache-tools repair {cache} takes out what is damaged and says what to build again"
     return f"{cache}: {shards}{other}{advice}"
@@ -226,6 +248,8 @@ def _shard_lines(shard: "ShardDiff") -> Iterator[str]:
             yield f"{len(keys)} samples only in {side}: {', '.join(keys[:3])}"
     if shard.skipped:
         yield f"{len(shard.skipped)} samples skipped otherwise: {', '.join([*shard.skipped][:3])}"
+    for key, (ours, theirs) in shard.probe.items():
+        yield f"probe {key}: {_short(ours)} in A, {_short(theirs)} in B"
     for array, (ours, theirs) in shard.arrays.items():
         yield f"{array}: {_short(ours)} in A, {_short(theirs)} in B"
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheError, DamagedError, MismatchError
 from shared.inside import Entry, open_inside, walk_inside
 from shared.plan import plan_names, read_plan
+from shared.probe import read_probe
 from shared.record import RECORDS, ShardRecord, differences, record_names
 from shared.strict import shown
 
@@ -26,8 +27,9 @@ Advance = Callable[[int], object]
 class Problem:
     """One thing that is wrong."""
 
-    kind: Literal["shard", "plan", "cache"]
-    "What it spoils: a shard, which can be rebuilt; a plan, which nothing needs; the whole."
+    kind: Literal["shard", "plan", "cache", "targets"]
+    """What it spoils: a shard, which can be rebuilt; a plan, which nothing needs; the whole; a
+    shard that is as it was written, but not what its teacher gives."""
     place: str
     "The shard's name, or the plan's file."
     file: str
@@ -59,11 +61,31 @@ class Report:
     "Things that no record names; None if a damaged record leaves that open."
     pending: int
     "Planned shards that are not committed."
+    recomputed: int = 0
+    "Samples of the probe that a teacher computed again."
 
     @property
     def bad_shards(self) -> list[str]:
         """Shards that have to be rebuilt."""
         return sorted({problem.place for problem in self.problems if problem.kind == "shard"})
+
+
+def verify_targets(
+    root: Path, report: Report, teacher: str, *, vision_tower: str | None, device: str | None
+) -> Report:
+    """The same report, and in it what a teacher says of the probe of the shards that are whole.
+
+    Raises:
+        MismatchError: it is not the cache's teacher.
+        CacheError: the cache cannot be opened as a whole; what is wrong with it comes first.
+    """
+    from cache_builder.recompute import load_for, recompute  # torch, which `verify` does without
+
+    cache = open_cache(root)
+    builder = load_for(cache, teacher, vision_tower, device)
+    whole = [name for name in cache.records if name not in report.bad_shards]
+    samples, problems = recompute(cache, builder, whole)
+    return replace(report, recomputed=samples, problems=(*report.problems, *problems))
 
 
 def verify_cache(root: Path, *, workers: int, decode: bool) -> Report:
@@ -221,6 +243,10 @@ def _check_samples(cache: Cache, record: ShardRecord, advance: Advance) -> list[
             what = f"sample {shown(key)}: {what}"
             problems.append(Problem(kind="shard", place=record.name, file="", what=what))
         advance(1)
+    try:
+        read_probe(cache.root, record)
+    except DamagedError as error:
+        problems.append(Problem(kind="shard", place=record.name, file="", what=str(error)))
     return problems
 
 

@@ -16,6 +16,10 @@ MAX_SAMPLES = 100_000
 "Most samples of a tar, stored and skipped ones each."
 MAX_TEXT = 512
 "Longest sample key; a skip reason may be twice as long."
+MAX_PROBE = 8
+"Most samples of a shard whose inputs are stored."
+MAX_PROBE_TEXT, MAX_PROBE_IMAGE = 2**20, 4 * 2**20
+"Bytes of such a sample's annotation and of its encoded image."
 _MAX_FILES, _MAX_LEAVES, _MAX_DEPTH, _MAX_STRING = 10_000, 10_000, 8, 10_000
 _INT64 = 2**63 - 1
 _PART = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
@@ -96,6 +100,18 @@ def check_skipped(skipped: Sequence[tuple[str, str]]) -> None:
     for key, reason in skipped:
         if len(key) > 2 * MAX_TEXT or len(reason) > 2 * MAX_TEXT:
             raise ValueError(f"skipped {shown(key)}: key or reason too long")
+
+
+def check_probe(
+    probe: Mapping[str, str | None], keys: Sequence[str], images: Sequence[int]
+) -> None:
+    """Samples of the shard, and a digest of pixels for those that have an image."""
+    for key, digest in probe.items():
+        if key not in keys:
+            raise ValueError(f"probe {shown(key)} is no sample of the shard")
+        image = images[keys.index(key)]
+        if (digest is None) != (image < 0):
+            raise ValueError(f"probe {shown(key)}: pixels_sha256 is {shown(digest)}, image {image}")
 
 
 def check_files(files: Collection[str]) -> None:

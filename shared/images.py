@@ -5,6 +5,7 @@ processor, which resizes the shorter edge and crops the middle. Both are MobileV
 deterministic.
 """
 
+import hashlib
 import io
 import json
 import struct
@@ -120,6 +121,11 @@ class ImageProcessor:
             image = pad_to_square(image, self._processor.image_mean)
         pixels = self._processor(image, return_tensors="np")["pixel_values"][0]
         return np.asarray(pixels, dtype=np.float32)
+
+
+def pixels_digest(pixels: Float32[np.ndarray, "3 S S"]) -> str:
+    """sha256 over the pixels as little endian float32, channel by channel, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(pixels, dtype="<f4").tobytes()).hexdigest()
 
 
 def pad_to_square(image: Image.Image, mean: Any) -> Image.Image:

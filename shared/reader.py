@@ -196,7 +196,7 @@ class ShardReader:
             entry = there.get(file)
             if entry is None or entry.kind != "file" or entry.size != stored.size:
                 found = _found(entry)
-                raise self._damaged(f"{file} is {found}, its record says {stored.size} bytes")
+                raise self.damaged(f"{file} is {found}, its record says {stored.size} bytes")
 
     def has(self, name: str) -> bool:
         """Whether the shard holds this array."""
@@ -218,14 +218,14 @@ class ShardReader:
         """
         array = self._array(name)
         if out.dtype != array.layout.dtype or out.shape != (stop - start, *array.layout.shape[1:]):
-            raise self._damaged(
+            raise self.damaged(
                 f"{name} has rows of {array.layout.dtype} {list(array.layout.shape[1:])}, expected "
                 f"{out.dtype} {list(out.shape[1:])}"
             )
         try:
             array.read_into(start, stop, out)
         except (ValueError, OSError) as error:
-            raise self._damaged(f"{name}/{array.layout.file}: {_reason(error)}") from error
+            raise self.damaged(f"{name}/{array.layout.file}: {_reason(error)}") from error
 
     def check_rows(self, name: str, start: int, stop: int) -> None:
         """Whether one sample can have these rows; asked before memory is taken for them.
@@ -235,9 +235,9 @@ class ShardReader:
         """
         layout = self.layout(name)
         if not 0 <= start <= stop <= layout.shape[0]:
-            raise self._damaged(f"{name} has {layout.shape[0]} rows, not rows {start} to {stop}")
+            raise self.damaged(f"{name} has {layout.shape[0]} rows, not rows {start} to {stop}")
         if (stop - start) * layout.row_bytes > MAX_SAMPLE_BYTES:
-            raise self._damaged(f"{name}: rows {start} to {stop} exceed {MAX_SAMPLE_BYTES} bytes")
+            raise self.damaged(f"{name}: rows {start} to {stop} exceed {MAX_SAMPLE_BYTES} bytes")
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows of one sample in new memory."""
@@ -262,7 +262,7 @@ class ShardReader:
         files = self.record.files
         metadata = files.get(f"{name}/zarr.json")
         if metadata is None:
-            raise self._damaged(f"no array {name}")
+            raise self.damaged(f"no array {name}")
         sizes = [stored.size for file, stored in files.items() if file.startswith(f"{name}/c/")]
         try:
             if metadata.size > _MAX_METADATA:
@@ -277,9 +277,10 @@ class ShardReader:
                 )
             return StoredArray.open(self._folder / name, text, sum(sizes))
         except (ValueError, RecursionError, OSError) as error:
-            raise self._damaged(f"{name}/{_reason(error)}") from error
+            raise self.damaged(f"{name}/{_reason(error)}") from error
 
-    def _damaged(self, what: str) -> DamagedError:
+    def damaged(self, what: str) -> DamagedError:
+        """The error that says so of this shard, and what to do."""
         return DamagedError(
             f"{self.root}: shard {self.record.name}: {what}. Run cache-tools repair {self.root}, "
             f"then run build-cache on {self.record.tar.name} again"

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.bounds import (
+    MAX_PROBE,
     check_file,
     check_files,
     check_identity,
+    check_probe,
     check_samples,
     check_skipped,
 )
@@ -78,6 +80,20 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeSample:
+    """A sample whose inputs are stored too, so that others can recompute what the shard holds."""
+
+    key: str
+    "WebDataset key."
+    pixels_sha256: str | None
+    "Of the image processor's output, float32 little endian; None for text only."
+
+    def __post_init__(self) -> None:
+        if self.pixels_sha256 is not None:
+            check_file(0, self.pixels_sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardRecord:
     """One committed shard."""
 
@@ -99,6 +115,8 @@ class ShardRecord:
     "Row of each sample on the `image` axis; -1 for text only."
     skipped: tuple[Skipped, ...]
     "Samples that could not be used."
+    probe: tuple[ProbeSample, ...]
+    "Samples whose inputs are stored, in the order of the `probe_*` arrays."
     files: dict[str, StoredFile]
     "Path relative to `data` -> size and digest."
 
@@ -115,6 +133,9 @@ class ShardRecord:
         check_identity(self.identity)
         check_samples(self.keys, self.lengths, self.images)
         check_skipped([(sample.key, sample.reason) for sample in self.skipped])
+        distinct = len({sample.key for sample in self.probe})
+        if distinct != len(self.probe) or distinct > MAX_PROBE:
+            raise ValueError(f"probe has a key twice, or over {MAX_PROBE} samples")
         check_files(self.files)
 
     def without_samples(self) -> "ShardRecord":
@@ -156,6 +177,8 @@ class ShardRecord:
             values = unseal(path, content)
             _check_format(path, values)
             record = build(cls, values, where="record")
+            # Not in __post_init__: a Cache holds records without their samples.
+            check_probe({s.key: s.pixels_sha256 for s in record.probe}, record.keys, record.images)
         except (ValueError, RecursionError, ConfigError) as error:
             raise DamagedError(
                 f"{path}: not a record of format {FORMAT} ({error}); "
@@ -172,6 +195,11 @@ def _check_format(path: Path, values: Mapping[str, Any]) -> None:
         raise MismatchError(
             f"{path}: format {found} there, {FORMAT} here; use the version that wrote it, or a "
             "newer one that reads both"
+        )
+    if type(found) is int and "probe" not in values:
+        raise MismatchError(
+            f"{path}: a record without `probe` there, one with it here; it is of an older draft of "
+            "format 1: build the cache again"
         )
 
 

@@ -199,14 +199,31 @@ def read_sample(tar: Path, entry: SampleEntry) -> Sample:
         UnusableSample: with the reason.
         InputError: the tar cannot be read at all.
     """
+    return parse_sample(entry.key, *read_members(tar, entry))
+
+
+def read_members(tar: Path, entry: SampleEntry) -> tuple[bytes, bytes | None]:
+    """A sample's annotation and image as they lie in the tar.
+
+    Raises:
+        InputError: the tar cannot be read at all.
+    """
     try:
         with tar.open("rb") as file:
-            annotation = _parse_json(_read(file.fileno(), entry.annotation))
-            image = _read(file.fileno(), entry.image) if entry.image else None
+            annotation = _read(file.fileno(), entry.annotation)
+            return annotation, _read(file.fileno(), entry.image) if entry.image else None
     except OSError as error:
         raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
-    conversation = parse_annotation(annotation, has_image=image is not None)
-    return Sample(key=entry.key, conversation=conversation, image=image)
+
+
+def parse_sample(key: str, annotation: bytes, image: bytes | None) -> Sample:
+    """One sample from the bytes of its files, checked.
+
+    Raises:
+        UnusableSample: with the reason.
+    """
+    conversation = parse_annotation(_parse_json(annotation), has_image=image is not None)
+    return Sample(key=key, conversation=conversation, image=image)
 
 
 def read_image(tar: Path, entry: SampleEntry) -> bytes | None:

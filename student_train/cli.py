@@ -41,7 +41,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--accept-mismatch", multiple=True, metavar="NAME[,NAME]",
     help="Train though this differs between cache and run, named as the refusal names it: "
-    "template, tokenizer, image_processor.settings, tar, .... Kept in run.json and the export.",
+    "template, tokenizer, image_processor.settings, tar, probe, .... Kept in run.json and the "
+    "export.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
 @click.option("--cpu", is_flag=True, help="Do not use a GPU even if there is one.")

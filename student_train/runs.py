@@ -1,13 +1,16 @@
 """A run's folder: its settings, checkpoints, logs and export.
 
-OUT/run.json                      recipe and identities; compared when the run is resumed
+OUT/run.json                      recipe and identities; compared when the run is resumed. And what
+                                  code made it, and of which adapters it began: not compared
 OUT/log.jsonl, OUT/tensorboard/   what happened, step by step
 OUT/checkpoints/step-00000500/    everything that a resumed run needs (this run's own, not to be
-                                  shared: accelerate stores random states as pickle)
+                                  shared: accelerate stores random states as pickle), with a copy
+                                  of run.json as lineage.json
 OUT/export/                       the student in the published layout
 OUT/adapters.safetensors          the adapters, for a next stage
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +29,10 @@ from shared.store import put_file
 from student_train.config import WATCHING
 from student_train.student import Adapters
 
+_RECORDED = ("code", "adapters")
+"""Settings that are not compared on resuming: code may be updated, and which adapters a run began
+with is part of `student_weights`."""
+
 
 class RunFolder:
     """Where one run keeps what it makes."""
@@ -34,6 +41,7 @@ class RunFolder:
         self.path = path
         "The folder."
         self._settings = path / "run.json"
+        self._written: Mapping[str, Any] = {}
 
     def check_free(self) -> None:
         """Refuse a folder that holds a run.
@@ -62,6 +70,7 @@ class RunFolder:
             f"{name} was {old!r} and is {new!r} now"
             for name, old, new in differences(_read_settings(self._settings), settings)
             if name.removeprefix("recipe.") not in WATCHING
+            and name.partition(".")[0] not in _RECORDED
         ]
         if changed:
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
@@ -70,8 +79,15 @@ class RunFolder:
                 "began with, or another --out"
             )
 
+    def code_with(self, code: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Every code that the run was made by, in order, `code` being what goes on with it."""
+        before = _read_settings(self._settings).get("code") if self._settings.is_file() else None
+        known = before if isinstance(before, list) else []
+        return known if known and known[-1] == code else [*known, code]
+
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Claim the folder."""
+        """Claim the folder; checkpoints say the same from now on."""
+        self._written = settings
         put_file(self._settings, json.dumps(settings, indent=1).encode())
 
     def newest_checkpoint(self) -> Path | None:
@@ -88,7 +104,8 @@ class RunFolder:
         return self.path / "checkpoints" / f"step-{step:08d}"
 
     def commit_checkpoint(self, partial: Path, step: int, keep: int) -> None:
-        """Give a written checkpoint its final name, then delete the oldest ones."""
+        """Give a written checkpoint its lineage and final name, then delete the oldest ones."""
+        (partial / "lineage.json").write_text(json.dumps(self._written, indent=1) + "\n")
         for file in partial.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
@@ -130,6 +147,19 @@ def export_student(
     (partial / "distillation.json").write_text(json.dumps(lineage, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file, hexadecimal.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error})") from error
 
 
 def save_adapters(adapters: Adapters, path: Path) -> None:

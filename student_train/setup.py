@@ -21,8 +21,16 @@ from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
 from student_train.config import Recipe
 from student_train.data import load_training_set
 from student_train.evaluate import HeldOutSet
+from student_train.lineage import code_identity
 from student_train.loop import Outcome, make_accelerator, train
-from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
+from student_train.probe import check_probe
+from student_train.runs import (
+    RunFolder,
+    export_student,
+    file_sha256,
+    load_adapters,
+    save_adapters,
+)
 from student_train.student import AlignedStudent, TeacherShape
 
 log = logging.getLogger(__name__)
@@ -71,6 +79,9 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     accepted = {}
     if cache is not None:
         accepted = check_fit(cache, recipe, tokenizer, processor, model, inputs)
+        accepted |= check_probe(
+            cache, recipe, tokenizer, processor, accept=inputs.accept, accepted=accepted
+        )
     student = _make_student(model, recipe, cache, inputs.adapters)
     tars = expand_tars(inputs.data)
     training_set = load_training_set(tars, recipe, tokenizer, processor, cache)
@@ -85,6 +96,8 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
         "accepted_mismatches": {
             name: {"cache": there, "run": here} for name, (there, here) in accepted.items()
         },
+        "adapters": {"given_sha256": inputs.adapters and file_sha256(inputs.adapters)},
+        "code": run.code_with(code_identity()),
     }
     run.check_settings(settings)
     accelerator.wait_for_everyone()  # all processes have looked before one of them writes
@@ -246,9 +259,13 @@ def _export(
     settings: Mapping[str, Any],
 ) -> None:
     bare: AlignedStudent = accelerator.unwrap_model(student)
+    saved = None
     if bare.adapters is not None:
-        save_adapters(bare.adapters, run.path / "adapters.safetensors")
+        path = run.path / "adapters.safetensors"
+        save_adapters(bare.adapters, path)
+        saved = file_sha256(path)
+    lineage = {**settings, "adapters": {**settings["adapters"], "saved_sha256": saved}}
     export_student(
-        bare.model, folder.path, run.path / "export", form=recipe.export_weights, lineage=settings
+        bare.model, folder.path, run.path / "export", form=recipe.export_weights, lineage=lineage
     )
     log.info("exported=%s", run.path / "export")

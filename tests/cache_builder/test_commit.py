@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import concurrent_builds, kill_build
 from shared.errors import MismatchError
-from shared.record import FORMAT, IDENTITY, TarFacts
+from shared.record import FORMAT, TarFacts
 from shared.store import new_shard
 from tests.student_train.support import environment
 from tests.support import invoke
@@ -42,12 +42,18 @@ def test_faults_at_file_operations_leave_no_half_shard() -> None:
     assert done.stdout.splitlines()[-1] == "bad outcomes: 0", done.stdout + done.stderr[-2000:]
 
 
-def facts(**identity: object) -> dict[str, object]:
-    tar = TarFacts(name="t.tar", size=1, sha256="0", index_sha256="1")
-    sections = {**{name: {} for name in IDENTITY}, **identity}
+def facts(dtype: str = "float32") -> dict[str, object]:
+    tar = TarFacts(name="t.tar", size=1, sha256="0" * 64, index_sha256="1" * 64)
+    identity = {
+        "spec": {},
+        "teacher": {"hidden_size": 1, "attention_heads": 1, "weights_sha256": ""},
+        "tokenizer": {"vocab_size": 1, "vocab_sha256": ""},
+        "image_processor": {},
+        "numerics": {"dtype": dtype},
+    }
     return {
-        "format": FORMAT, "identity": sections, "tar": tar, "keys": (), "lengths": (),
-        "images": (), "skipped": (),
+        "format": FORMAT, "identity": identity, "tar": tar, "keys": (), "lengths": (),
+        "images": (), "skipped": (), "probe": (),
     }  # fmt: skip
 
 
@@ -77,8 +83,8 @@ def test_a_shard_that_another_build_committed_meanwhile_is_taken(tmp_path: Path)
 def test_a_shard_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     with (
         pytest.raises(MismatchError, match=r"numerics\.dtype: 'a' there, 'b' here"),
-        new_shard(tmp_path, "t", **facts(numerics={"dtype": "b"})),
-        new_shard(tmp_path, "t", **facts(numerics={"dtype": "a"})),
+        new_shard(tmp_path, "t", **facts("b")),
+        new_shard(tmp_path, "t", **facts("a")),
     ):
         pass
 

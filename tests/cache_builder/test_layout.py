@@ -23,6 +23,10 @@ AXES = {
     "top_logprobs": ["response", "top"],
     "rest_logprobs": ["response"],
     "response_offsets": ["boundary"],
+    "probe_annotation": ["byte"],
+    "probe_annotation_offsets": ["boundary"],
+    "probe_image": ["byte"],
+    "probe_image_offsets": ["boundary"],
 }
 
 

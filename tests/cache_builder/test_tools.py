@@ -241,7 +241,7 @@ def test_a_record_of_another_format_is_never_removed(root: Path) -> None:
 
 
 def test_one_key_in_two_shards_is_found(root: Path) -> None:
-    edit_record(root, BAD, lambda values: values.update(keys=["s0", "text0"]))
+    edit_record(root, BAD, lambda values: values.update(keys=["s0", "text0"], probe=[]))
 
     (found,) = problems(root)
 
@@ -583,6 +583,7 @@ def test_caches_of_two_specs_differ_in_identity_with_both_values_and_in_arrays(
 def test_shards_differ_in_tar_samples_and_skips(root: Path, cache_path: Path) -> None:
     def edit(values: dict[str, Any]) -> None:
         values["keys"][0] = "other"
+        values["probe"] = []
         values["tar"]["size"] = 7
         values["skipped"].append({"key": "s2", "reason": "why not"})
 
@@ -595,3 +596,6 @@ def test_shards_differ_in_tar_samples_and_skips(root: Path, cache_path: Path) ->
     assert found["tar"]["size"][1] == 7
     assert found["skipped"] == {"s2": [None, "why not"]}
     assert found["arrays"] == {}
+    assert found["probe"] == {
+        p.key: [p.pixels_sha256 or "text only", None] for p in record(cache_path, BAD).probe
+    }

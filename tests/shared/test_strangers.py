@@ -105,6 +105,7 @@ def test_the_schema_of_records_has_the_fields_and_the_bounds_of_the_code() -> No
     assert set(properties) == set(found["required"]) == names
     assert properties["keys"]["maxItems"] == bounds.MAX_SAMPLES
     assert properties["keys"]["items"]["maxLength"] == bounds.MAX_TEXT
+    assert properties["probe"]["maxItems"] == bounds.MAX_PROBE
     assert str(sealed.MAX_BYTES) in found["description"]
     for section in bounds.IDENTITY:
         assert section in properties["identity"]["required"]
@@ -121,7 +122,10 @@ def check_form(value: Any, form: dict[str, Any], known: dict[str, Any]) -> None:
     """The part of JSON Schema that ours use."""
     if "$ref" in form:
         form = known[form["$ref"].rpartition("/")[2]]
-    types = {"object": dict, "array": list, "string": str, "integer": int}
+    if "anyOf" in form:
+        form = form["anyOf"][value is None]
+        form = known[form["$ref"].rpartition("/")[2]] if "$ref" in form else form
+    types = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
     if "type" in form:
         assert type(value) is types[form["type"]], (value, form)
     assert value == form.get("const", value)

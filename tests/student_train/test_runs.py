@@ -2,8 +2,10 @@
 had happened.
 """
 
+import hashlib
 import json
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from shared.cache import Cache
 from shared.checkpoint import ModelFolder
 from shared.mobilevlm import MobileVLM, load_model
+from student_train.lineage import code_identity
 from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
 from student_train.student import TERMS
 from tests.student_train.support import (
@@ -210,9 +213,48 @@ def test_the_adapters_are_beside_the_export_and_not_in_it(undisturbed: Path) -> 
 def test_the_export_says_what_it_was_trained_with(undisturbed: Path) -> None:
     lineage = json.loads((undisturbed / "export" / "distillation.json").read_text())
 
-    assert lineage == json.loads((undisturbed / "run.json").read_text())
+    run = json.loads((undisturbed / "run.json").read_text())
+    saved = hashlib.sha256((undisturbed / "adapters.safetensors").read_bytes()).hexdigest()
+    adapters = {"given_sha256": None, "saved_sha256": saved}
+    assert lineage == {**run, "adapters": adapters}
+    (checkpoint, *_) = RunFolder(undisturbed).checkpoints()
+    assert json.loads((checkpoint / "lineage.json").read_text()) == run
+    assert lineage["code"] == [code_identity()]
+    assert len(lineage["cache"]["digest"]) == 64
     assert lineage["recipe"] == recipe(**RUN).to_dict()
     assert lineage["cache"]["spec"]["attention"]["layers"] == [0, 1]
+
+
+def test_code_is_named_by_version_and_revision_of_its_checkout(tmp_path: Path) -> None:
+    assert code_identity(tmp_path)["revision"] is None
+    (tmp_path / ".git").mkdir()  # of no use to git
+    assert code_identity(tmp_path)["revision"] is None
+    shutil.rmtree(tmp_path / ".git")
+    (tmp_path / "file").write_text("one")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+
+    clean = code_identity(tmp_path)["revision"]
+    (tmp_path / "file").write_text("two")
+
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    assert code_identity(tmp_path)["revision"] == f"{clean}-dirty"
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_other_code_may_resume_a_run_and_is_written_down_too(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = interrupted(undisturbed, tmp_path / "run")
+    settings = json.loads((out / "run.json").read_text())
+    old = {"version": "0.0.1", "revision": "0" * 40}
+    (out / "run.json").write_text(json.dumps({**settings, "code": [old]}))
+
+    resume(out, tars, orphan_cache)
+
+    for file in ("run.json", "export/distillation.json", "checkpoints/step-00000012/lineage.json"):
+        assert json.loads((out / file).read_text())["code"] == [old, code_identity()]
 
 
 def logits(model: MobileVLM, samples: Any) -> torch.Tensor:
@@ -402,6 +444,12 @@ def test_stage_two_goes_on_with_student_and_adapters_of_stage_one(
     for name in first:
         torch.testing.assert_close(carried[name], first[name], atol=1e-9, rtol=1e-6)
     assert not all(torch.allclose(fresh[name], first[name], atol=1e-6) for name in first)
+    before, after, none = (
+        json.loads((tmp_path / stage / "export" / "distillation.json").read_text())["adapters"]
+        for stage in ("one", "two", "fresh")
+    )
+    assert after["given_sha256"] == before["saved_sha256"]
+    assert none["given_sha256"] is None
 
 
 def test_adapters_come_back_as_they_were_saved(full_cache: Cache, tmp_path: Path) -> None:

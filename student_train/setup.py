@@ -82,7 +82,7 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
         accepted |= check_probe(
             cache, recipe, tokenizer, processor, accept=inputs.accept, accepted=accepted
         )
-    student = _make_student(model, recipe, cache, inputs.adapters)
+    student = make_student(model, recipe, cache, inputs.adapters)
     tars = expand_tars(inputs.data)
     training_set = load_training_set(tars, recipe, tokenizer, processor, cache)
     if cache is not None:
@@ -216,9 +216,15 @@ def cache_identity(cache: Cache) -> dict[str, Any]:
     return {"digest": canonical_digest(files), "samples": len(cache), **cache.identity}
 
 
-def _make_student(
+def make_student(
     model: MobileVLM, recipe: Recipe, cache: Cache | None, adapters: Path | None
 ) -> AlignedStudent:
+    """The student with its adapters, fresh ones from torch's seed where no file is named.
+
+    Raises:
+        ConfigError: adapters without a cache, or a loss that cache or student cannot give.
+        TrainingError: adapters that do not fit.
+    """
     if cache is None:
         if adapters is not None:
             raise ConfigError(

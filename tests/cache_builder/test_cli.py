@@ -57,6 +57,7 @@ def test_every_tool_is_in_the_readme(found: click.Command) -> None:
         ("cache_tools", ["repair", "--help"]),
         ("cache_tools", ["gc", "--help"]),
         ("cache_tools", ["diff", "--help"]),
+        ("cache_tools", ["fidelity", "--help"]),
     ],
 )
 def test_help_needs_neither_torch_nor_zarr(name: str, arguments: list[str]) -> None:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz commit-proofs bench-encodings fidelity
+.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz commit-proofs bench-encodings fidelity probe-costs
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -25,6 +25,8 @@ build-costs: .venv/.dev
 	$(BIN)/python -m benchmarks.build
 memory: .venv/.dev
 	$(BIN)/python -m benchmarks.memory
+probe-costs: .venv/.dev
+	$(BIN)/python -m benchmarks.probe > docs/probe.txt
 bit-flips: .venv/.dev
 	$(BIN)/python -m benchmarks.bit_flips --flips 1000 > docs/trust/bit_flips.txt
 malicious: .venv/.dev

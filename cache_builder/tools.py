@@ -210,18 +210,26 @@ def _report_lines(cache: Path, report: "Report") -> Iterator[str]:
 
 def _verdict(cache: Path, report: "Report") -> str:
     bad = report.bad_shards
-    shown = f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}"
-    shards = f"{len(bad)} of {report.shards} shards are damaged: {shown}; " if bad else ""
-    off = sorted({problem.place for problem in report.problems if problem.kind == "targets"})
-    if off:
-        shards += (
-            f"{len(off)} shards hold other values than this teacher gives: {', '.join(off[:5])}; "
-            "delete their records and build them again, "
-        )
     others = [problem for problem in report.problems if problem.kind in ("plan", "cache")]
-    other = f"{len(others)} problems besides, the first: {others[0]}; " if others else ""
-    advice = f"cache-tools repair {cache} takes out what is damaged and says what to build again"
-    return f"{cache}: {shards}{other}{advice}"
+    off = sorted({problem.place for problem in report.problems if problem.kind == "targets"})
+    parts = []
+    if bad:
+        parts.append(f"{len(bad)} of {report.shards} shards are damaged: {_first_five(bad)}")
+    if others:
+        parts.append(f"{len(others)} problems besides, the first: {others[0]}")
+    if bad or others:
+        repair = f"cache-tools repair {cache}"
+        parts.append(f"{repair} takes out what is damaged and says what to build again")
+    if off:
+        parts.append(
+            f"{len(off)} shards hold other values than this teacher gives: {_first_five(off)}; "
+            "delete their records and build them again"
+        )
+    return f"{cache}: {'; '.join(parts)}"
+
+
+def _first_five(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 
 def _leftover_lines(verb: str, leftovers: "Sequence[Leftover]") -> Iterator[str]:

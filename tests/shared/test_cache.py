@@ -179,7 +179,7 @@ def test_a_record_that_is_no_record_is_named(copied: Path, text: str) -> None:
 
 
 def test_one_key_in_two_shards_is_refused(copied: Path) -> None:
-    edit_record(copied, "ref-000001", lambda values: values.update(keys=["s0", "text0"]))
+    edit_record(copied, "ref-000001", lambda values: values.update(keys=["s0", "text0"], probe=[]))
 
     with pytest.raises(MismatchError, match="'s0' stands in shard ref-000000 and in ref-000001"):
         open_cache(copied)

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint demo-teacher seeds kill-loop build-costs memory clean bit-flips malicious fuzz commit-proofs bench-encodings fidelity probe-costs
+.PHONY: install demo test lint clean demo-teacher seeds kill-loop commit-proofs bit-flips malicious fuzz fidelity \
+	bench-encodings bench-reader bench-open bench-step build-costs memory probe-costs
 
 install: .venv/.dev
 demo: .venv/.demo
@@ -35,6 +36,13 @@ fuzz: .venv/.dev
 	$(BIN)/python -m benchmarks.fuzz --minutes 10 > docs/trust/fuzz.txt
 bench-encodings: .venv/.bench
 	$(BIN)/python -m benchmarks.encodings
+bench-reader: .venv/.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reader
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reader --cold
+bench-open: .venv/.dev
+	$(BIN)/python -m benchmarks.open
+bench-step: .venv/.dev
+	$(BIN)/python -m benchmarks.train_step
 fidelity: .venv/.demo
 	$(BIN)/python -m benchmarks.fidelity
 commit-proofs: .venv/.dev

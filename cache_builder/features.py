@@ -121,7 +121,9 @@ class _TarRun:
         """What of the tar is stored."""
         samples = [sample for sample in self.tar.samples if sample.key not in self.skipped]
         late = [sample.key for sample in self.tar.samples if sample.key in self.skipped]
-        rows = {digest: row for row, digest in enumerate(dict.fromkeys(_digests(samples)))}
+        kept = set(_digests(samples))
+        # In the order of the arrays: a lost sample may have been the first to show an image.
+        rows = {image: row for row, image in enumerate(i for i in self.uses if i in kept)}
         keys = {sample.key for sample in samples}
         return ShardFeatures(
             samples=samples,

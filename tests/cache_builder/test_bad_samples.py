@@ -323,3 +323,28 @@ def test_skips_can_be_read_in_the_record_as_json(mixed: Path) -> None:
     values = json.loads((mixed / "records" / "mixed.json").read_text())
 
     assert {"key": "zero-bytes", "reason": "image of zero bytes"} in values["skipped"]
+
+
+def test_a_sample_that_is_lost_late_leaves_every_other_with_its_own_image(tmp_path: Path) -> None:
+    """The lost one is the first to show an image that a later one shows too."""
+    tar = write_tar(
+        tmp_path / "t.tar",
+        sample("lost", annotation("<image>\nwhat", "purple"), png(1)),
+        sample("other", annotation("<image>\nwhat", "red"), png(2)),
+        sample("same", annotation("<image>\nwhat", "red"), png(1)),
+    )
+    build(tmp_path / "healthy", tar)
+    healthy = open_cache(tmp_path / "healthy")
+    ids = {key: set(healthy.read(key).input_ids.tolist()) for key in ("lost", "other")}
+
+    def poison(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][sorted(ids["lost"] - ids["other"])] = float("nan")
+
+    build(tmp_path / "cache", tar, FULL, teacher_copy(tmp_path / "teacher", edit=poison))
+
+    found = open_cache(tmp_path / "cache")
+    assert found.keys() == ["other", "same"]
+    for key in ("other", "same"):
+        np.testing.assert_array_equal(
+            found.read(key).vision_tokens, healthy.read(key).vision_tokens
+        )

@@ -281,7 +281,11 @@ def plan_epoch(
 def micro_batches(
     training_set: TrainingSet, *, first_step: int, last_step: int, rank: int, world: int
 ) -> Iterator[list[TrainingBatch]]:
-    """This process's micro-batches, step by step, from `first_step` on."""
+    """This process's micro-batches, step by step, from `first_step` on.
+
+    Worker processes are started by the call, not by the first step: what is forked then has no
+    threads of logs and progress bars yet, whose locks a child would inherit as they are.
+    """
     recipe = training_set.recipe
     each = recipe.global_batch // recipe.micro_batch // world
 
@@ -304,8 +308,14 @@ def micro_batches(
         num_workers=recipe.workers,
         prefetch_factor=4 if recipe.workers else None,
     )
+    return _steps(iter(loader), each)
+
+
+def _steps(
+    batches: Iterator[TrainingBatch | ProjectError], each: int
+) -> Iterator[list[TrainingBatch]]:
     step: list[TrainingBatch] = []
-    for batch in loader:
+    for batch in batches:
         if isinstance(batch, ProjectError):
             raise batch
         step.append(batch)

@@ -4,6 +4,7 @@ everything, they run the command's own entry point and can be killed like any ot
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -44,6 +45,8 @@ def start_build(given: Sequence[str], log: Path) -> ForkServerProcess:
 
 
 def _redirected(log: Path, target: Callable[..., object], given: Sequence[object]) -> None:
+    # As in a terminal: what a shell starts in the background ignores Ctrl-C, and passes that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())

@@ -75,7 +75,7 @@ def write_records(root: Path, shards: int, samples: int) -> int:
             tar=TarFacts(name=f"{name}.tar", size=10**8, sha256=_DIGEST, index_sha256=_DIGEST),
             keys=tuple(f"{shard * samples + n:012d}" for n in range(samples)),
             lengths=tuple(200 + n % 500 for n in range(samples)),
-            images=tuple(n // 2 for n in range(samples)), skipped=(), files=files,
+            images=tuple(n // 2 for n in range(samples)), skipped=(), files=files, probe=(),
         )  # fmt: skip
         path = root / RECORDS / f"{name}.json"
         path.write_text(record.to_json())

@@ -4,8 +4,8 @@ Held in arrays instead of a Python object per sample, so that a million samples 
 are indexed in well under a second.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,11 @@ class SampleIndex:
             collector.add(record)
         return collector.index()
 
-    def __post_init__(self) -> None:
-        self._sort()
+    hashes: InitVar[npt.NDArray[np.int64]]
+    "Of the keys, in their order, by this process."
+
+    def __post_init__(self, hashes: npt.NDArray[np.int64]) -> None:
+        self._sort(hashes)
         self._refuse_twins()
 
     def __len__(self) -> int:
@@ -63,7 +66,7 @@ class SampleIndex:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._sort()
+        self._sort(_hashes_of(self.keys(), len(self)))
 
     def keys(self) -> Iterator[str]:
         """All keys, shard by shard."""
@@ -89,9 +92,7 @@ class SampleIndex:
     def _keys_of(self, shard: int) -> list[str]:
         return self._keys[shard].split(_BETWEEN_KEYS) if self._keys[shard] else []
 
-    def _sort(self) -> None:
-        count = int(self._first[-1])
-        hashes = np.fromiter(map(hash, self.keys()), dtype=np.int64, count=count)
+    def _sort(self, hashes: npt.NDArray[np.int64]) -> None:
         self._numbers = np.argsort(hashes)
         self._hashes = hashes[self._numbers]
 
@@ -117,6 +118,7 @@ class IndexCollector:
     _keys: list[str] = field(default_factory=list)
     _lengths: list[npt.NDArray[np.int32]] = field(default_factory=list)
     _images: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    _hashes: list[npt.NDArray[np.int64]] = field(default_factory=list)
 
     def add(self, record: ShardRecord) -> None:
         """Note a shard's samples."""
@@ -124,6 +126,7 @@ class IndexCollector:
         self._keys.append(_BETWEEN_KEYS.join(record.keys))
         self._lengths.append(np.array(record.lengths, dtype=np.int32))
         self._images.append(np.array(record.images, dtype=np.int32))
+        self._hashes.append(_hashes_of(record.keys, len(record.keys)))
 
     def index(self) -> SampleIndex:
         """The index of all records that were added.
@@ -139,4 +142,9 @@ class IndexCollector:
             _first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             lengths=np.concatenate(none + self._lengths),
             images=np.concatenate(none + self._images),
+            hashes=np.concatenate([np.zeros(0, dtype=np.int64), *self._hashes]),
         )
+
+
+def _hashes_of(keys: Iterable[str], count: int) -> npt.NDArray[np.int64]:
+    return np.fromiter(map(hash, keys), dtype=np.int64, count=count)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from shared.encodings import ENCODINGS, Array, decode
 from shared.errors import CacheError
 from shared.index import IndexCollector, SampleIndex
+from shared.prompt import IMAGE_TOKEN
 from shared.reader import ShardReader
 from shared.record import ShardRecord, compare, iter_records, spec_of
 from shared.spec import CacheSpec
@@ -324,13 +325,13 @@ def _joined(name: str, rows: Sequence[_Rows], buffers: BatchBuffers) -> Array | 
 
 def _decoded(key: str, batch: EncodedBatch, spec: CacheSpec) -> CachedSample:
     ids = batch.input_ids[0]
-    (image,) = np.flatnonzero(ids == -200)[:1] if (ids == -200).any() else (None,)
+    images = np.flatnonzero(ids == IMAGE_TOKEN)
     vision, logprobs = spec.vision_tokens, spec.logprobs
     return CachedSample(
         key=key,
         input_ids=ids,
         labels=batch.labels[0],
-        vision_start=None if image is None else int(image),
+        vision_start=int(images[0]) if len(images) else None,
         attention={
             layer: decode(spec.attention.encoding, parts)[0].swapaxes(0, 1)
             for layer, parts in batch.attention.items()

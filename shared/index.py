@@ -4,7 +4,7 @@ Held in arrays instead of a Python object per sample, so that a million samples 
 are indexed in well under a second.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -33,25 +33,12 @@ class SampleIndex:
     "Tokens of each sample, vision tokens counted, in the order of `keys`."
     images: Int32[np.ndarray, " samples"]
     "Row of each sample on its shard's `image` axis; -1 for text only."
+    hashes: InitVar[npt.NDArray[np.int64]]
+    "Of the keys, in their order, by this process."
     _hashes: npt.NDArray[np.int64] = field(init=False, repr=False)
     "Sorted hashes of the keys."
     _numbers: npt.NDArray[np.int64] = field(init=False, repr=False)
     "Sample number of each entry of `_hashes`."
-
-    @classmethod
-    def of(cls, records: "Mapping[str, ShardRecord]") -> "SampleIndex":
-        """From records.
-
-        Raises:
-            MismatchError: one key stands in two shards.
-        """
-        collector = IndexCollector()
-        for record in records.values():
-            collector.add(record)
-        return collector.index()
-
-    hashes: InitVar[npt.NDArray[np.int64]]
-    "Of the keys, in their order, by this process."
 
     def __post_init__(self, hashes: npt.NDArray[np.int64]) -> None:
         self._sort(hashes)

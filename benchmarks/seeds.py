@@ -6,6 +6,8 @@ trained from three caches, which differ in how values are stored: exactly, as in
 and in 4 bits.
 """
 
+import dataclasses
+import json
 import os
 import shutil
 import statistics
@@ -31,8 +33,8 @@ SEEDS = range(5)
 TEST_QUESTIONS = 2000
 "Of 9,673, the same for all."
 ENCODINGS = {
-    "default": ("sqrt6", "channel6", "logprob8"),
     "float32": ("float32", "float32", "float32"),
+    "default": ("sqrt6", "channel6", "logprob8"),
     "small": ("sqrt4", "channel4", "logprob8"),
 }
 "Name -> encodings of attention, vision tokens, log-probabilities."
@@ -40,24 +42,34 @@ ENCODINGS = {
 
 @click.command()
 @click.option("--jobs", default=2, show_default=True, help="Students trained at the same time.")
-def main(jobs: int) -> None:
+@click.option("--resume", is_flag=True, help="Keep caches and students of a run that was killed.")
+def main(jobs: int, resume: bool) -> None:
     """Train twenty students; print Markdown tables."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    shutil.rmtree(OUT, ignore_errors=True)
+    if not resume:
+        shutil.rmtree(OUT, ignore_errors=True)
     train_tars = prepare_split(OUT / "data", "train", TRAIN_QUESTIONS)
     test_tars = prepare_split(OUT / "data", "test", TEST_QUESTIONS)
     models = {seed: write_student(OUT, seed) for seed in SEEDS}
 
-    def one(cache: Path | None, seed: int) -> StudentResult:
-        out = OUT / f"{cache.parent.name if cache else 'baseline'}-{seed}"
-        return train(out, models[seed], train_tars, test_tars, cache, seed)
+    def one(name: str, cache: Path | None, seed: int) -> StudentResult:
+        out = OUT / f"{name}-{seed}"
+        done = out / "result.json"
+        if done.exists():
+            return StudentResult(**json.loads(done.read_text()) | {"export": out / "export"})
+        shutil.rmtree(out, ignore_errors=True)
+        result = train(out, models[seed], train_tars, test_tars, cache, seed)
+        done.write_text(json.dumps(dataclasses.asdict(result), default=str))
+        return result
 
     with ThreadPoolExecutor(jobs) as pool:
-        base = list(pool.map(lambda seed: one(None, seed), SEEDS))
+        base = [pool.submit(one, "baseline", None, seed) for seed in SEEDS]
+        taught = {}
         for name in ENCODINGS:
             cache = build(OUT / name, train_tars, _spec(name))
-            taught = list(pool.map(lambda seed, cache=cache: one(cache, seed), SEEDS))
-            _print(name, base, taught)
+            taught[name] = [pool.submit(one, name, cache, seed) for seed in SEEDS]
+        for name, students in taught.items():
+            _print(name, [s.result() for s in base], [s.result() for s in students])
 
 
 def _spec(name: str) -> Path:
@@ -65,7 +77,7 @@ def _spec(name: str) -> Path:
     signals = ("attention", "vision_tokens", "logprobs")
     for signal, encoding in zip(signals, ENCODINGS[name], strict=True):
         values[signal]["encoding"] = encoding
-    (OUT / name).mkdir(parents=True)
+    (OUT / name).mkdir(parents=True, exist_ok=True)
     (OUT / name / "cache.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     return OUT / name / "cache.yaml"
 

@@ -8,6 +8,7 @@ are dropped from the cache before each round (posix_fadvise), so that the disk i
 Peers keep the encoded arrays raw (their users do not compress) and, as their users do, in float16.
 """
 
+import mmap
 import os
 import sys
 import tempfile
@@ -18,16 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import torch
 import zarr
+import zstandard
 from numcodecs import zstd
 
 from benchmarks.signals import CHANNELS, HEADS, ROWS, VISION, Signals, real_signals
 from benchmarks.synthetic_cache import SEQUENCE, write_cache
-from shared.cache import BatchBuffers, Cache, open_cache
+from shared.array_layout import ArrayLayout
+from shared.batch_reads import BatchBuffers
+from shared.cache import Cache, open_cache
+from shared.encodings import ENCODINGS
 from shared.spec import CacheSpec
+from shared.stored_array import StoredArray
 
 Arrays = dict[str, npt.NDArray[Any]]
 BATCH = 8
@@ -46,6 +53,8 @@ class Way:
     "Where its files are."
     streamed: bool = False
     "Whether it gives samples in its own order, not the one asked for."
+    unmap: Callable[[], None] = lambda: None
+    "Lets go of mapped pages, which otherwise stay in memory."
 
     @property
     def size(self) -> int:
@@ -54,6 +63,7 @@ class Way:
 
     def drop_pages(self) -> None:
         """Take the files out of the page cache."""
+        self.unmap()
         for path in self._paths():
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -160,6 +170,7 @@ def make_ways(folder: Path, signals: Sequence[Signals], samples: int) -> list[Wa
     encoded = [_arrays(cache, [number]) for number in range(samples)]
     encoded = [{name: array[0] for name, array in arrays.items()} for arrays in encoded]
     half = [_half(signals[n % len(signals)]) for n in range(samples)]
+    inflater = zstandard.ZstdDecompressor()
     return [
         Way(
             name="this project", read=lambda ns: _arrays(cache, ns, buffers), files=folder / "ours"
@@ -171,7 +182,16 @@ def make_ways(folder: Path, signals: Sequence[Signals], samples: int) -> list[Wa
         ),
         _zarr_same(folder / "ours", encoded[0]),
         _zarr_samples(folder / "zarr", encoded),
-        _memmap_zstd(folder / "memmap", encoded),
+        _checked(folder / "ours", cache),
+        _memmap_zstd(
+            folder / "memmap",
+            encoded,
+            "memmap + the same zstd",
+            lambda frame, out: inflater.stream_reader(frame).readinto(out),
+        ),
+        _memmap_zstd(
+            folder / "memmap-numcodecs", encoded, "memmap + numcodecs' zstd", zstd.decompress
+        ),
         _torch_files(folder / "torch", encoded, "torch.save file a sample"),
         _safetensors(folder / "safetensors", encoded, "safetensors file a sample"),
         _hdf5(folder / "hdf5", encoded),
@@ -222,6 +242,33 @@ def _filling(sample: Arrays, one: Callable[[int], Arrays]) -> Callable[[Sequence
     return read
 
 
+def _checked(folder: Path, cache: Cache) -> Way:
+    """The least that a checking reader does: the bytes of our files into memory, a checksum over
+    them, and nothing else. It decodes nothing, so it is a bound and not a way.
+    """
+    (record,) = cache.records.values()
+    arrays = []
+    for name in NAMES.values():
+        rows = ROWS if name.startswith("attention") else 1 if "vision" in name else len(SEQUENCE)
+        metadata = (folder / record.data / name / "zarr.json").read_bytes()
+        file = f"{name}/{ArrayLayout.parse(metadata).file}"
+        stored = StoredArray.open(folder / record.data / name, metadata, record.files[file].size)
+        arrays.append((os.open(stored.path, os.O_RDONLY), stored, rows))
+    buffers = np.empty((BATCH, 2**20), dtype=np.uint8)
+
+    def read(numbers: Sequence[int]) -> Arrays:
+        for number, buffer in zip(numbers, buffers, strict=False):
+            for descriptor, stored, rows in arrays:
+                each = stored.layout.chunk_rows
+                first, last = number * rows // each, ((number + 1) * rows - 1) // each
+                begin, end = int(stored.edges[first]), int(stored.edges[last + 1])
+                os.preadv(descriptor, [buffer[: end - begin]], begin)
+                google_crc32c.value(buffer[: end - begin])
+        return {}
+
+    return Way(name="(pread and crc32c alone)", read=read, files=folder, streamed=True)
+
+
 def _zarr_same(folder: Path, sample: Arrays) -> Way:
     group = zarr.open_group(str(next((folder / "data").iterdir())), mode="r")
     arrays: dict[str, Any] = {ours: group[theirs] for ours, theirs in NAMES.items()}
@@ -252,25 +299,36 @@ def _zarr_samples(folder: Path, samples: Sequence[Arrays]) -> Way:
     return Way(name="zarr-python, a chunk a sample", read=_filling(samples[0], one), files=folder)
 
 
-def _memmap_zstd(folder: Path, samples: Sequence[Arrays]) -> Way:
-    """The least that any reader of compressed samples has to do."""
+def _memmap_zstd(
+    folder: Path,
+    samples: Sequence[Arrays],
+    name: str,
+    inflate: Callable[[npt.NDArray[np.uint8], npt.NDArray[Any]], object],
+) -> Way:
+    """The least that a reader of compressed samples does that checks nothing."""
     folder.mkdir()
+    compressor = zstandard.ZstdCompressor(ENCODINGS["sqrt6"].zstd_level)
     edges, blobs = {}, {}
-    for name in samples[0]:
-        pieces = [zstd.compress(sample[name].tobytes(), -1) for sample in samples]
-        (folder / name).write_bytes(b"".join(pieces))
-        edges[name] = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).tolist()
-        blobs[name] = np.memmap(folder / name, dtype=np.uint8, mode="r")
+    for part in samples[0]:
+        pieces = [compressor.compress(sample[part].tobytes()) for sample in samples]
+        (folder / part).write_bytes(b"".join(pieces))
+        edges[part] = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).tolist()
+        blobs[part] = np.memmap(folder / part, dtype=np.uint8, mode="r")
     buffers = _buffers(samples[0])
 
     def read(numbers: Sequence[int]) -> Arrays:
         for place, number in enumerate(numbers):
-            for name, buffer in buffers.items():
-                begin, end = edges[name][number : number + 2]
-                zstd.decompress(blobs[name][begin:end], buffer[place])
+            for part, buffer in buffers.items():
+                begin, end = edges[part][number : number + 2]
+                inflate(blobs[part][begin:end], buffer[place])
         return {name: buffer[: len(numbers)] for name, buffer in buffers.items()}
 
-    return Way(name="memmap + the same zstd", read=read, files=folder)
+    return Way(name=name, read=read, files=folder, unmap=lambda: _unmap(blobs))
+
+
+def _unmap(maps: Arrays) -> None:
+    for mapped in maps.values():
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def _memmap_raw(folder: Path, samples: Sequence[Arrays], name: str) -> Way:
@@ -284,7 +342,7 @@ def _memmap_raw(folder: Path, samples: Sequence[Arrays], name: str) -> Way:
     def one(number: int) -> Arrays:
         return {part: values[number] for part, values in maps.items()}
 
-    return Way(name=name, read=_filling(samples[0], one), files=folder)
+    return Way(name=name, read=_filling(samples[0], one), files=folder, unmap=lambda: _unmap(maps))
 
 
 def _torch_files(folder: Path, samples: Sequence[Arrays], name: str) -> Way:
@@ -339,16 +397,26 @@ def _parquet(folder: Path, samples: Sequence[Arrays]) -> Way:
     folder.mkdir()
     columns = {name: [sample[name].tobytes() for sample in samples] for name in samples[0]}
     pq.write_table(pa.table(columns), folder / "all.parquet", row_group_size=1)
-    file = pq.ParquetFile(folder / "all.parquet", memory_map=True)
+    path = folder / "all.parquet"
+    opened = [pq.ParquetFile(path, memory_map=True)]
+
+    def again() -> None:
+        opened.clear()
+        opened.append(pq.ParquetFile(path, memory_map=True))
 
     def one(number: int) -> Arrays:
-        group = file.read_row_group(number)
+        group = opened[0].read_row_group(number)
         return {
             name: np.frombuffer(group[name][0].as_buffer(), first.dtype).reshape(first.shape)
             for name, first in samples[0].items()
         }
 
-    return Way(name="Parquet, a row group a sample", read=_filling(samples[0], one), files=folder)
+    return Way(
+        name="Parquet, a row group a sample",
+        read=_filling(samples[0], one),
+        files=folder,
+        unmap=again,
+    )
 
 
 def _webdataset(folder: Path, samples: Sequence[Arrays]) -> Way:

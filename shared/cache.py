@@ -13,8 +13,7 @@ A trainer reads whole batches with `read_batch`: padded, still encoded, to be de
 with `shared.tensor_encodings.decode`. With `BatchBuffers` it reads into the same memory each time.
 """
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from jaxtyping import Float32, Int32, Shaped
 from tqdm import tqdm
 
+from shared.batch_reads import BatchBuffers, BatchReads, Rows
 from shared.encodings import ENCODINGS, Array, decode
 from shared.errors import CacheError
 from shared.index import IndexCollector, SampleIndex
@@ -89,28 +89,6 @@ class EncodedBatch:
     "Log of the probability outside the top k."
 
 
-class BatchBuffers:
-    """Memory that batches are read into again and again: no page of it is fresh.
-
-    A batch that was read into buffers holds until the next one is read into them.
-    """
-
-    def __init__(self) -> None:
-        self._memory: dict[str, npt.NDArray[np.uint8]] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An array with any content in the memory of this name."""
-        size = math.prod(shape) * dtype.itemsize
-        memory = self._memory.get(name)
-        if memory is None or len(memory) < size:
-            self._memory[name] = memory = np.empty(size, dtype=np.uint8)
-        return memory[:size].view(dtype).reshape(shape)
-
-
-_Rows = tuple[ShardReader, int, int]
-"Where rows are: reader, first row, row behind the last."
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Place:
     """Where one sample lies."""
@@ -119,11 +97,15 @@ class _Place:
     row: int
     image: int
 
-    def span(self, offsets: str) -> tuple[int, int]:
+    @property
+    def image_row(self) -> Rows:
+        """The sample's row on the `image` axis."""
+        return Rows(self.reader, self.image, self.image + 1)
+
+    def rows(self, offsets: str) -> Rows:
         """The sample's rows on a flat axis."""
         self.reader.check_rows(offsets, self.row, self.row + 2)
-        edges = self.reader.whole(offsets)
-        return int(edges[self.row]), int(edges[self.row + 1])
+        return Rows(self.reader, *self.reader.whole(offsets)[self.row : self.row + 2].tolist())
 
 
 class Cache:
@@ -194,47 +176,34 @@ class Cache:
             KeyError: no such sample.
             DamagedError: a file is missing or its bytes are not what was written.
         """
-        buffers = buffers or BatchBuffers()
         places = [self._place(key) for key in keys]
         with_image = [place for place in places if place.image >= 0]
-        layers = self.spec.attention_layers if "attention" in signals and with_image else ()
-        use_logprobs = "logprobs" in signals and self.spec.logprobs is not None
-        responses = [(p.reader, *p.span("response_offsets")) for p in places if use_logprobs]
-        return EncodedBatch(
-            input_ids=[_own(p, "input_ids") for p in places],
-            labels=[_own(p, "labels") for p in places],
-            attention={layer: self._attention(layer, with_image, buffers) for layer in layers},
-            vision_tokens=self._vision(with_image, buffers) if "vision_tokens" in signals else {},
-            top_ids=_joined("top_ids", responses, buffers),
-            top_logprobs=self._logprobs(responses, buffers),
-            rest_logprobs=_joined("rest_logprobs", responses, buffers),
+        tokens = [place.rows("token_offsets") for place in places]
+        reads = BatchReads(buffers or BatchBuffers())
+        attention, vision_tokens, logprobs = (
+            self.spec.encodings.get(signal) if signal in signals else None for signal in SIGNALS
         )
-
-    def _attention(
-        self, layer: int, places: Sequence[_Place], buffers: BatchBuffers
-    ) -> dict[str, Array]:
-        assert self.spec.attention is not None
-        rows = [(p.reader, *p.span("query_offsets")) for p in places]
-        name, siblings = f"attention_{layer}", ENCODINGS[self.spec.attention.encoding].siblings
-        return {suffix: _padded(name + suffix, rows, buffers) for suffix in ("", *siblings)}
-
-    def _vision(self, places: Sequence[_Place], buffers: BatchBuffers) -> dict[str, Array]:
-        if self.spec.vision_tokens is None or not places:
-            return {}
-        siblings = ENCODINGS[self.spec.vision_tokens.encoding].siblings
-        return {
-            suffix: _images(f"vision_tokens{suffix}", places, buffers) for suffix in ("", *siblings)
-        }
-
-    def _logprobs(self, rows: Sequence[_Rows], buffers: BatchBuffers) -> dict[str, Array]:
-        if not rows:
-            return {}
-        assert self.spec.logprobs is not None
-        siblings = ENCODINGS[self.spec.logprobs.encoding].siblings
-        found = {
-            suffix: _joined(f"top_logprobs{suffix}", rows, buffers) for suffix in ("", *siblings)
-        }
-        return {suffix: stored for suffix, stored in found.items() if stored is not None}
+        queries = [place.rows("query_offsets") for place in with_image if attention]
+        images = [place.image_row for place in with_image if vision_tokens]
+        responses = [place.rows("response_offsets") for place in places if logprobs]
+        # A shard without any response may be without the arrays of responses.
+        responses = [r for r in responses if r.start < r.stop or r.reader.has("top_ids")]
+        has_rest = bool(responses) and responses[0].reader.has("rest_logprobs")
+        batch = EncodedBatch(
+            input_ids=reads.one_by_one("input_ids", tokens),
+            labels=reads.one_by_one("labels", tokens),
+            attention={
+                layer: _stored(f"attention_{layer}", attention, queries, reads.padded)
+                for layer in self.spec.attention_layers
+                if queries
+            },
+            vision_tokens=_stored("vision_tokens", vision_tokens, images, reads.single),
+            top_ids=reads.joined("top_ids", responses) if responses else None,
+            top_logprobs=_stored("top_logprobs", logprobs, responses, reads.joined),
+            rest_logprobs=reads.joined("rest_logprobs", responses) if has_rest else None,
+        )
+        reads.run()
+        return batch
 
     def _place(self, key: str) -> _Place:
         found = self._index.find(key)
@@ -273,54 +242,16 @@ def open_cache(path: str | Path) -> Cache:
     return Cache(root, records, samples.index())
 
 
-def _own(place: _Place, name: str) -> npt.NDArray[np.int32]:
-    rows: npt.NDArray[Any] = place.reader.rows(name, *place.span("token_offsets"))
-    return rows
-
-
-def _padded(name: str, rows: Sequence[_Rows], buffers: BatchBuffers) -> Array:
-    """Rows of each sample in one array, zeros behind the shorter ones."""
-    for reader, start, stop in rows:
-        reader.check_rows(name, start, stop)
-    longest = max(stop - start for _, start, stop in rows)
-    layout = rows[0][0].layout(name)
-    padded = buffers.take(name, (len(rows), longest, *layout.shape[1:]), layout.dtype)
-    for number, (reader, start, stop) in enumerate(rows):
-        reader.read_into(name, start, stop, padded[number, : stop - start])
-        padded[number, stop - start :] = 0
-    return padded
-
-
-def _images(name: str, places: Sequence[_Place], buffers: BatchBuffers) -> Array:
-    """One row per sample; a row that two samples share is read once."""
-    for place in places:
-        place.reader.check_rows(name, place.image, place.image + 1)
-    layout = places[0].reader.layout(name)
-    rows = buffers.take(name, (len(places), *layout.shape[1:]), layout.dtype)
-    seen: dict[tuple[int, int], int] = {}
-    for number, place in enumerate(places):
-        twin = seen.setdefault((id(place.reader), place.image), number)
-        if twin == number:
-            place.reader.read_into(name, place.image, place.image + 1, rows[number : number + 1])
-        else:
-            rows[number] = rows[twin]
-    return rows
-
-
-def _joined(name: str, rows: Sequence[_Rows], buffers: BatchBuffers) -> Array | None:
-    """Rows of all samples one after another; None if there are none or no such array."""
-    if not rows or not rows[0][0].has(name):
-        return None
-    for reader, start, stop in rows:
-        reader.check_rows(name, start, stop)
-    layout = rows[0][0].layout(name)
-    number = sum(stop - start for _, start, stop in rows)
-    joined = buffers.take(name, (number, *layout.shape[1:]), layout.dtype)
-    end = 0
-    for reader, start, stop in rows:
-        begin, end = end, end + stop - start
-        reader.read_into(name, start, stop, joined[begin:end])
-    return joined
+def _stored(
+    name: str,
+    encoding: str | None,
+    samples: Sequence[Rows],
+    read: Callable[[str, Sequence[Rows]], Array],
+) -> dict[str, Array]:
+    """A signal's stored arrays by suffix; none if it is not read or no sample has it."""
+    if encoding is None or not samples:
+        return {}
+    return {suffix: read(name + suffix, samples) for suffix in ("", *ENCODINGS[encoding].siblings)}
 
 
 def _decoded(key: str, batch: EncodedBatch, spec: CacheSpec) -> CachedSample:

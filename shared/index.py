@@ -35,6 +35,8 @@ class SampleIndex:
     "Row of each sample on its shard's `image` axis; -1 for text only."
     hashes: InitVar[npt.NDArray[np.int64]]
     "Of the keys, in their order, by this process."
+    _starts: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict, init=False, repr=False)
+    "Where each key begins in its shard's text; of the shards that were asked for."
     _hashes: npt.NDArray[np.int64] = field(init=False, repr=False)
     "Sorted hashes of the keys."
     _numbers: npt.NDArray[np.int64] = field(init=False, repr=False)
@@ -49,10 +51,11 @@ class SampleIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         # Python's hash of a text differs from process to process.
-        return {k: v for k, v in vars(self).items() if k not in ("_hashes", "_numbers")}
+        return {k: v for k, v in vars(self).items() if k not in ("_hashes", "_numbers", "_starts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._starts = {}
         self._sort(_hashes_of(self.keys(), len(self)))
 
     def keys(self) -> Iterator[str]:
@@ -63,18 +66,25 @@ class SampleIndex:
     def find(self, key: str) -> tuple[int, int, int] | None:
         """(number of the sample, number of its shard, row in it), or None."""
         wanted = hash(key)
-        place = int(np.searchsorted(self._hashes, wanted))
+        place = int(self._hashes.searchsorted(wanted))
         while place < len(self._hashes) and self._hashes[place] == wanted:
             number = int(self._numbers[place])
             shard, row = self._place(number)
-            if self._keys_of(shard)[row] == key:
+            if self._is_key(shard, row, key):
                 return number, shard, row
             place += 1
         return None
 
     def _place(self, number: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._first, number, side="right")) - 1
+        shard = int(self._first.searchsorted(number, side="right")) - 1
         return shard, number - int(self._first[shard])
+
+    def _is_key(self, shard: int, row: int, key: str) -> bool:
+        if shard not in self._starts:
+            sizes = [len(one) + len(_BETWEEN_KEYS) for one in self._keys_of(shard)]
+            self._starts[shard] = np.cumsum([0, *sizes], dtype=np.int32)
+        begin, behind = self._starts[shard][row : row + 2].tolist()
+        return self._keys[shard][begin : behind - len(_BETWEEN_KEYS)] == key
 
     def _keys_of(self, shard: int) -> list[str]:
         return self._keys[shard].split(_BETWEEN_KEYS) if self._keys[shard] else []

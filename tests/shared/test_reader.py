@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -14,16 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
-from hypothesis import given
+import zstandard
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from numcodecs import zstd
 
-from shared.cache import BatchBuffers, Cache, open_cache
+from shared.array_layout import ArrayLayout
+from shared.batch_reads import BatchBuffers
+from shared.cache import Cache, open_cache
 from shared.encodings import decode
-from shared.reader import ArrayLayout, StoredArray
 from shared.store import put_array
+from shared.stored_array import StoredArray
 
 AXES = ("query", "head", "vision")
+compress = zstandard.ZstdCompressor().compress
 
 
 def stored(folder: Path, values: npt.NDArray[Any]) -> StoredArray:
@@ -63,6 +67,87 @@ def test_any_rows_are_those_that_were_written(
     start, stop = sorted((one, other))
 
     assert (rows(array, start, stop) == values[start:stop]).all()
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[StoredArray, npt.NDArray[Any]]:
+    """Bytes that zstd leaves as they are: chunks of one row, in three blocks (the last a byte)."""
+    values = np.random.default_rng(0).integers(0, 256, (7, 2**18 + 1), dtype=np.uint8)
+    array = stored(tmp_path_factory.mktemp("raw"), values)
+    assert (np.diff(array.edges) == array.layout.chunk_bytes + 9 + 3 * 3 + 4).all()
+    return array, values
+
+
+@pytest.fixture(scope="module")
+def raw_small(tmp_path_factory: pytest.TempPathFactory) -> tuple[StoredArray, npt.NDArray[Any]]:
+    """The same, several rows a chunk, the last chunk not full."""
+    values = np.random.default_rng(0).integers(0, 256, (101, 40, 107), dtype=np.uint8)
+    return stored(tmp_path_factory.mktemp("raw"), values), values
+
+
+@given(one=st.integers(0, 101), other=st.integers(0, 101))
+def test_rows_that_zstd_left_as_they_are_are_those_that_were_written(
+    raw: tuple[StoredArray, npt.NDArray[Any]],
+    raw_small: tuple[StoredArray, npt.NDArray[Any]],
+    one: int,
+    other: int,
+) -> None:
+    for array, values in (raw, raw_small):
+        start, stop = sorted((one * len(values) // 101, other * len(values) // 101))
+
+        assert (rows(array, start, stop) == values[start:stop]).all()
+
+
+@settings(max_examples=25)
+@given(place=st.integers(0, 2**18), bit=st.integers(0, 7))
+def test_a_bit_that_flipped_is_found_also_where_zstd_left_bytes_as_they_are(
+    raw: tuple[StoredArray, npt.NDArray[Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+    place: int,
+    bit: int,
+) -> None:
+    array, _ = raw
+    content = bytearray(array.path.read_bytes())
+    begin, end = array.edges[3:5].tolist()
+    content[begin + place * (end - begin) // 2**18 % (end - begin)] ^= 1 << bit
+    path = tmp_path_factory.mktemp("flipped") / "0"
+    path.write_bytes(content)
+    flipped = StoredArray(path=path, layout=array.layout, edges=array.edges)
+
+    with pytest.raises(ValueError, match="checksum of chunk 3"):
+        rows(flipped, 3, 4)
+    rows(flipped, 4, 7)
+
+
+def test_a_frame_of_other_blocks_than_its_size_suggests_is_read(
+    forged: Callable[[bytes], StoredArray],
+) -> None:
+    """Two raw blocks where one would do: three bytes more, which could be a longer header."""
+    values = np.random.default_rng(0).integers(0, 9, (3, 4, 6)).astype(np.float32)
+    content = values.tobytes()
+    frame = (
+        b"\x28\xb5\x2f\xfd\x60" + struct.pack("<H", 288 - 256)
+        + (100 << 3).to_bytes(3, "little") + content[:100]
+        + (188 << 3 | 1).to_bytes(3, "little") + content[100:]
+    )  # fmt: skip
+
+    assert (rows(forged(shard(frame)), 0, 3) == values).all()
+
+
+def test_rows_that_are_not_in_memory_are_asked_for_and_read_later(
+    raw: tuple[StoredArray, npt.NDArray[Any]],
+) -> None:
+    """Whether the page cache gave them up depends on the file system: either answer is right."""
+    array, values = raw
+    with array.path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    out = np.zeros_like(values)
+
+    read = array.read_into(0, 7, out, wait=False)
+    assert (out == values).all() or not read
+    array.read_into(0, 7, out)
+    assert (out == values).all()
 
 
 @pytest.mark.parametrize("span", [(-1, 3), (5, 4), (100, 102), (2**62, 2**62)])
@@ -168,7 +253,7 @@ def test_a_forged_shard_file_with_true_contents_is_read(
     """So that the refusals below are for what they say."""
     values = np.arange(72, dtype=np.float32).reshape(3, 4, 6)
 
-    array = forged(shard(zstd.compress(values.tobytes(), 3)))
+    array = forged(shard(compress(values.tobytes())))
 
     assert (rows(array, 0, 3) == values).all()
 
@@ -177,7 +262,7 @@ def test_a_forged_shard_file_with_true_contents_is_read(
 def test_a_chunk_that_inflates_to_another_size_is_refused(
     forged: Callable[[bytes], StoredArray], size: int
 ) -> None:
-    frame = zstd.compress(bytes(min(size, 2**20)), 3)
+    frame = compress(bytes(min(size, 2**20)))
     if size > 2**20:  # a header that promises 16 GiB: 8 bytes of content size
         frame = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", size) + frame[9:]
 
@@ -191,14 +276,14 @@ def test_a_chunk_that_inflates_to_another_size_is_refused(
 def test_a_chunk_that_is_no_zstd_frame_is_refused(
     forged: Callable[[bytes], StoredArray], frame: bytes
 ) -> None:
-    with pytest.raises(ValueError, match=r"inflates to None|empty chunk"):
+    with pytest.raises(ValueError, match=r"unknown number|determining|empty chunk"):
         rows(forged(shard(frame)), 0, 3)
 
 
 def test_a_frame_with_damage_under_a_true_checksum_is_refused(
     forged: Callable[[bytes], StoredArray],
 ) -> None:
-    frame = bytearray(zstd.compress(np.random.default_rng(0).bytes(288), 3))
+    frame = bytearray(compress(np.random.default_rng(0).bytes(288)))
     del frame[-5:]
 
     with pytest.raises(ValueError, match="cannot be inflated"):
@@ -212,13 +297,13 @@ def test_an_index_that_leads_elsewhere_is_refused(
     forged: Callable[[bytes], StoredArray], entry: tuple[int, int]
 ) -> None:
     with pytest.raises(ValueError, match="the index"):
-        forged(shard(zstd.compress(bytes(288), 3), index=[entry]))
+        forged(shard(compress(bytes(288)), index=[entry]))
 
 
 def test_two_chunks_in_one_place_are_refused(tmp_path: Path) -> None:
     values = np.zeros((300, 16, 16), dtype=np.float32)
     array = stored(tmp_path, values)
-    frame = zstd.compress(bytes(array.layout.chunk_rows * array.layout.row_bytes), 3)
+    frame = compress(bytes(array.layout.chunk_rows * array.layout.row_bytes))
     size = len(frame) + 4
     begin = 16 * array.layout.num_chunks + 4
     index = [(begin, size)] * array.layout.num_chunks

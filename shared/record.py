@@ -269,6 +269,8 @@ def compare(
     Raises:
         MismatchError: names up to three differing values, both sides.
     """
+    if found == expected:
+        return {}
     unequal, accepted = [], {}
     for path, ours, theirs in differences(found, expected):
         if any(path == one or path.startswith(f"{one}.") for one in accept):

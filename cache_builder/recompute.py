@@ -215,7 +215,7 @@ def error_bound(encoding: str, largest: Values | Any, exact: Values | Any) -> An
             return np.maximum(largest * 2.0**-11, 2.0**-25) if form.bits == 16 else 0.0
         case "channel":
             span = exact.max(axis=-2, keepdims=True) - exact.min(axis=-2, keepdims=True)
-            return (1 + 2.0**-7) * span / (2 * form.levels)
+            return form.steps_off * (1 + 2.0**-7) * span / form.levels
         case _:
             step = (1 + 2.0**-7) * np.sqrt(largest.max(axis=-1, keepdims=True)) / form.levels
-            return step * np.sqrt(largest) + step**2 / 4
+            return 2 * form.steps_off * step * np.sqrt(largest) + (form.steps_off * step) ** 2

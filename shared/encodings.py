@@ -46,6 +46,18 @@ class Encoding:
         return self.bits < 8
 
     @property
+    def fitted(self) -> bool:
+        """Whether the writer fits scales to the values (`shared.scales`). With 8 bits it takes the
+        range scale: what that loses is too little for a student to notice.
+        """
+        return self.bits < 8
+
+    @property
+    def steps_off(self) -> float:
+        """Largest error, in steps of the range scale (of roots in `sqrt` and `logprob`)."""
+        return 1.0 if self.fitted else 0.5
+
+    @property
     def zstd_level(self) -> int:
         """Of the lossless stage, for codes and siblings. Codes of 8 and 6 bits have nearly nothing
         left to squeeze: a negative level leaves them as they are, which reads four times as fast

@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from shared.encodings import ENCODINGS, Encoding
+from shared.scales import bfloat16_above, fit_channels, fit_roots, nearest_codes
 
 LARGEST = 1e38
 "Beyond it a decoded value could round to infinity."
@@ -66,27 +67,21 @@ def _check(name: str, values: Tensor) -> None:
 
 def _encode_roots(encoding: Encoding, values: Tensor) -> dict[str, Tensor]:
     roots = values.sqrt()
-    scale = _bfloat16_above(roots.amax(dim=-1) / encoding.levels)
-    codes = _codes(roots, scale[..., None])
+    scale = bfloat16_above(roots.amax(dim=-1) / encoding.levels)
+    if encoding.fitted:
+        scale = fit_roots(values, roots, scale, encoding.levels)
+    codes = nearest_codes(roots, scale[..., None], encoding.levels).to(torch.uint8)
     return {"": _PACK[encoding.bits](codes), "__scale": _bits(scale)}
 
 
 def _encode_channels(encoding: Encoding, values: Tensor) -> dict[str, Tensor]:
     low, high = values.aminmax(dim=-2)
-    scale = _bfloat16_above((high - low) / encoding.levels)
-    codes = _codes(values - low[..., None, :], scale[..., None, :])
+    scale = bfloat16_above((high - low) / encoding.levels)
+    if encoding.fitted:
+        scale, low = fit_channels(values, scale, low, encoding.levels)
+    offsets = values - low[..., None, :]
+    codes = nearest_codes(offsets, scale[..., None, :], encoding.levels).to(torch.uint8)
     return {"": _PACK[encoding.bits](codes), "__scale": _bits(scale), "__low": low}
-
-
-def _codes(values: Tensor, scale: Tensor) -> Tensor:
-    """Nearest multiple of the scale; 0 where the scale is 0 (a row or channel of one value)."""
-    return torch.where(scale > 0, values / scale, 0).round().to(torch.uint8)
-
-
-def _bfloat16_above(values: Tensor) -> Tensor:
-    """The nearest bfloat16 that is not smaller, so that the largest value keeps its code."""
-    rounded = ((values.contiguous().view(torch.int32) + 0xFFFF) >> 16) << 16
-    return rounded.view(torch.float32)
 
 
 def _bits(scale: Tensor) -> Tensor:

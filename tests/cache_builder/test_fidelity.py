@@ -67,8 +67,8 @@ def test_the_default_spec_stays_within_its_documented_bounds(
 
     errors = {array["array"]: array["largest"] for array in found["arrays"]}
     step = (1 + 2**-7) / 63  # of 6 bits; see cache_specs/encodings
-    assert 0 < errors["attention_0"] <= step + step**2 / 4
-    assert 0 < errors["vision_tokens"] <= step  # half a step of a range of twice the largest value
+    assert 0 < errors["attention_0"] <= 2 * step + step**2
+    assert 0 < errors["vision_tokens"] <= 2 * step  # of a range of twice the largest value
     eighth = (1 + 2**-7) / 255
     assert 0 < errors["top_logprobs"] <= eighth + eighth**2 / 4
     assert errors["rest_logprobs"] == 0

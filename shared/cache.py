@@ -36,8 +36,11 @@ from shared.spec import CacheSpec
 Signal = Literal["attention", "vision_tokens", "logprobs"]
 SIGNALS: tuple[Signal, ...] = ("attention", "vision_tokens", "logprobs")
 
+IMAGE_SHA256 = "image_sha256"
+"Array of the digests of a shard's distinct images; caches that were written without it are read."
 _OPEN_SHARDS = 2048
-"Shards whose indexes are kept; each takes about 60 kB at a 7B teacher's shapes."
+"""Shards whose indexes are kept; each takes about 60 kB at a 7B teacher's shapes, and 32 bytes an
+image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class EncodedBatch:
     "Stored arrays."
     rest_logprobs: Float32[np.ndarray, " R"] | None
     "Log of the probability outside the top k."
+    image_sha256: list[bytes | None]
+    "Of each sample's image file in its tar; None for text only, or if its shard does not say."
 
 
 class BatchBuffers:
@@ -208,6 +213,7 @@ class Cache:
             top_ids=_joined("top_ids", responses, buffers),
             top_logprobs=self._logprobs(responses, buffers),
             rest_logprobs=_joined("rest_logprobs", responses, buffers),
+            image_sha256=[_image_sha256(place) for place in places],
         )
 
     def _attention(
@@ -276,6 +282,18 @@ def open_cache(path: str | Path) -> Cache:
 def _own(place: _Place, name: str) -> npt.NDArray[np.int32]:
     rows: npt.NDArray[Any] = place.reader.rows(name, *place.span("token_offsets"))
     return rows
+
+
+def _image_sha256(place: _Place) -> bytes | None:
+    reader = place.reader
+    if place.image < 0 or not reader.has(IMAGE_SHA256):
+        return None
+    layout = reader.layout(IMAGE_SHA256)
+    if layout.dtype != np.uint8 or layout.shape[1:] != (32,):
+        found = f"{layout.dtype} {list(layout.shape)}"
+        raise reader.damaged(f"{IMAGE_SHA256} is {found}, expected uint8 [images, 32]")
+    reader.check_rows(IMAGE_SHA256, place.image, place.image + 1)
+    return bytes(reader.whole(IMAGE_SHA256)[place.image])
 
 
 def _padded(name: str, rows: Sequence[_Rows], buffers: BatchBuffers) -> Array:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,9 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     tars = expand_tars(inputs.data)
     training_set = load_training_set(tars, recipe, tokenizer, processor, cache)
     if cache is not None:
-        accepted |= check_tars(cache, tars, training_set.tars, inputs.accept)
+        other = check_tars(cache, tars, training_set.tars, inputs.accept)
+        training_set = replace(training_set, accepted_tars=frozenset(map(_tar_of, other)))
+        accepted |= other
     refuse_unused(inputs.accept, accepted)
     settings = {
         "recipe": recipe.to_dict(),
@@ -189,6 +191,11 @@ def check_tars(
     }
     advice = f"Train on the tars that the cache was built from, or {_ACCEPT}"
     return compare(f"cache {cache.root}", {"tar": there}, {"tar": here}, advice, accept)
+
+
+def _tar_of(name: str) -> str:
+    """The tar of an accepted `tar.NAME.size` or `tar.NAME.index_sha256`."""
+    return name.removeprefix("tar.").rpartition(".")[0]
 
 
 def refuse_unused(accept: Sequence[str], accepted: Mismatches) -> None:

@@ -186,6 +186,47 @@ def test_a_forged_probe_is_damage_in_one_line(coarse: Path, tmp_path: Path, case
 
 
 @pytest.mark.parametrize(
+    ("digests", "message"),
+    [
+        (np.zeros((3, 32), np.uint8), f"sample 'a': image_sha256: {'0' * 64} stored, the probe's"),
+        (np.zeros((4, 32), np.uint8), "4 digests of images, the record says 3 images"),
+        (np.zeros((3, 16), np.uint8), "image_sha256 is uint8 [3, 16], expected uint8 [images, 32]"),
+        (np.zeros((3, 32), np.int32), "image_sha256 is int32 [3, 32], expected uint8"),
+        (np.zeros((2, 32), np.uint8), "image_sha256 has 2 rows, not rows 2 to 3"),
+    ],
+)
+def test_forged_image_digests_are_found(
+    coarse: Path, tmp_path: Path, digests: Any, message: str
+) -> None:
+    made = forged(coarse, tmp_path)
+    made.write_array("image_sha256", digests)
+
+    result = invoke(cache_tools, "verify", "--decode", str(made.root))
+
+    assert message in result.stdout
+    assert f"1 of 1 shards are damaged: {SHARD}" in error_line(result)
+
+
+def test_another_image_in_the_probe_is_found_by_decode_and_with_the_teacher(
+    coarse: Path, tmp_path: Path
+) -> None:
+    made = forged(coarse, tmp_path)
+    put_probe_image(made, png(3))
+
+    for result in (verify(made.root), invoke(cache_tools, "verify", "--decode", str(made.root))):
+        assert result.exit_code == 1
+        assert "sample 'a': image_sha256: " in result.stdout
+
+
+def put_probe_image(made: Forge, image: bytes) -> None:
+    """Another image, with a digest of its pixels that fits."""
+    digest = pixels_digest(ImageProcessor(CLIP, "pad")(decode_image(image)))
+    made.write_array("probe_image", np.frombuffer(image, np.uint8))
+    made.write_array("probe_image_offsets", np.array([0, len(image), len(image)], np.int64))
+    made.edit(lambda values: values["probe"][0].update(pixels_sha256=digest))
+
+
+@pytest.mark.parametrize(
     ("probe", "message"),
     [
         ([{"key": "x", "pixels_sha256": None}], "probe 'x' is no sample of the shard"),

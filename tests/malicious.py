@@ -197,6 +197,16 @@ def _field(**fields: Any) -> Callable[[Forge], None]:
     return lambda forge: forge.edit(lambda values: values.update(fields))
 
 
+def _spec(**fields: Any) -> Callable[[Forge], None]:
+    """In all records: where one differs from another, that is refused first."""
+
+    def make(forge: Forge) -> None:
+        for path in forge.root.glob("records/*.json"):
+            edit_record(forge.root, path.stem, lambda v: v["identity"]["spec"].update(fields))
+
+    return make
+
+
 def _metadata(**fields: Any) -> Callable[[Forge], None]:
     return lambda forge: forge.edit_metadata(lambda values: values.update(fields))
 
@@ -336,6 +346,10 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "record: a spec of another kind": lambda f: f.edit(
         lambda v: v["identity"].update(spec={"template": ["v1"]})
     ),
+    "spec: sequences of 2^62 tokens": _spec(max_tokens=2**62),
+    "spec: 2^40 log-probabilities": _spec(logprobs={"top_k": 2**40, "encoding": "float32"}),
+    "spec: layer 2^31": _spec(attention={"layers": [0, 2**31], "encoding": "float32"}),
+    "spec: 5,000 layers": _spec(attention={"layers": [*range(5000)], "encoding": "float32"}),
     "zarr.json: 100 MB": lambda f: f.write(f.data / ARRAY / "zarr.json", b" " * 10**8),
     "zarr.json: 30,000 lists in one another": lambda f: f.write(
         f.data / ARRAY / "zarr.json", b"[" * 30_000

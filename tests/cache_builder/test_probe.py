@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from shared.bounds import MAX_PROBE_IMAGE
 from shared.errors import DamagedError, MismatchError
 from shared.images import ImageProcessor, decode_image, pixels_digest
 from shared.probe import read_probe
-from tests.malicious import SHARD, Forge
+from tests.malicious import DECODE_CASES, MISSHAPEN_PROBES, SHARD, Forge
 from tests.support import (
     CLIP,
     FULL,
@@ -149,34 +148,10 @@ def forged(cache: Path, folder: Path) -> Forge:
     return Forge(root=folder / "cache", outside=folder)
 
 
-FORGERIES: dict[str, Callable[[Forge], None]] = {
-    "edges that go back": lambda f: f.write_array(
-        "probe_image_offsets", np.array([0, 9, 5], dtype=np.int64)
-    ),
-    "edges beyond the end": lambda f: f.write_array(
-        "probe_image_offsets", np.array([0, 10**6, 10**6], dtype=np.int64)
-    ),
-    "an image beyond the bound": lambda f: f.write_array(
-        "probe_image_offsets", np.array([0, 2**22 + 1, 2**22 + 1], dtype=np.int64)
-    ),
-    "edges of another type": lambda f: f.write_array(
-        "probe_image_offsets", np.array([0, 1, 1], dtype=np.int32)
-    ),
-    "too few edges": lambda f: f.write_array("probe_annotation_offsets", np.zeros(2, np.int64)),
-    "annotations of another type": lambda f: f.write_array(
-        "probe_annotation", np.zeros(10**4, np.float32)
-    ),
-    "images that are missing": lambda f: [
-        f.edit(lambda v: [v["files"].pop(n) for n in list(v["files"]) if "probe_image/" in n]),
-        shutil.rmtree(f.data / "probe_image"),
-    ][0],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FORGERIES)
+@pytest.mark.parametrize("case", MISSHAPEN_PROBES)
 def test_a_forged_probe_is_damage_in_one_line(coarse: Path, tmp_path: Path, case: str) -> None:
     made = forged(coarse, tmp_path)
-    FORGERIES[case](made)
+    MISSHAPEN_PROBES[case](made)
 
     with pytest.raises(DamagedError, match=SHARD):
         read_probe(made.root, record(made.root, SHARD))
@@ -211,19 +186,11 @@ def test_another_image_in_the_probe_is_found_by_decode_and_with_the_teacher(
     coarse: Path, tmp_path: Path
 ) -> None:
     made = forged(coarse, tmp_path)
-    put_probe_image(made, png(3))
+    DECODE_CASES["probe: another image, its pixels_sha256 put right"](made)
 
     for result in (verify(made.root), invoke(cache_tools, "verify", "--decode", str(made.root))):
         assert result.exit_code == 1
         assert "sample 'a': image_sha256: " in result.stdout
-
-
-def put_probe_image(made: Forge, image: bytes) -> None:
-    """Another image, with a digest of its pixels that fits."""
-    digest = pixels_digest(ImageProcessor(CLIP, "pad")(decode_image(image)))
-    made.write_array("probe_image", np.frombuffer(image, np.uint8))
-    made.write_array("probe_image_offsets", np.array([0, len(image), len(image)], np.int64))
-    made.edit(lambda values: values["probe"][0].update(pixels_sha256=digest))
 
 
 @pytest.mark.parametrize(

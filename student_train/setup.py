@@ -126,8 +126,13 @@ def check_fit(
     processor: ImageProcessor,
     model: MobileVLM,
     inputs: Inputs,
+    *,
+    or_else: str = _ACCEPT,
 ) -> Mismatches:
     """Refuse a cache and a student that see different sequences or pixels.
+
+    Args:
+        or_else: the last piece of advice of the refusal.
 
     Returns:
         What differs and is accepted.
@@ -156,7 +161,7 @@ def check_fit(
         here["vocab_size"] = int(model.llm.config.vocab_size)
     advice = (
         f"The student ({inputs.student}) must see exactly what the teacher saw: change the recipe, "
-        f"build a cache for this student, or {_ACCEPT}"
+        f"build a cache for this student, or {or_else}"
     )
     return compare(f"cache {cache.root}", there, here, advice, inputs.accept)
 

@@ -7,14 +7,17 @@ with and 60 seconds. Ends with 1 if one is read without an error, ends otherwise
 ours, or touches a folder beside the cache.
 """
 
+import gc
 import multiprocessing
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import click
 from click.testing import CliRunner
@@ -24,9 +27,30 @@ from cache_builder.cli import cache_tools
 from cache_builder.pack import pack
 from shared.cache import open_cache
 from shared.errors import ProjectError
-from tests.malicious import CASES, QUIET_CASES, SLOW_CASES, Forge, forge, outside_of
-from tests.support import FULL, REFERENCE, build
+from shared.images import ImageProcessor
+from shared.tokenizer import load_tokenizer
+from student_train.probe import check_probe
+from tests.malicious import (
+    CASES,
+    DECODE_CASES,
+    PROBE_CASES,
+    QUIET_CASES,
+    SLOW_CASES,
+    Forge,
+    forge,
+    outside_of,
+)
+from tests.student_train.support import STUDENT, recipe
+from tests.support import CLIP, FULL, REFERENCE, build
 
+By = Literal["reading", "verify, not read", "train-student", "verify --decode"]
+GROUPS: dict[By, Mapping[str, Callable[[Forge], None]]] = {
+    "reading": {**CASES, **SLOW_CASES},
+    "verify, not read": QUIET_CASES,
+    "train-student": PROBE_CASES,
+    "verify --decode": DECODE_CASES,
+}
+"Who has to notice -> forgeries."
 MEMORY = 512 * 2**20
 SECONDS = 60
 
@@ -47,22 +71,21 @@ class Outcome:
 def main() -> None:
     """Forge, open, print."""
     failures, most = 0, 0
+    cases = [(case, by) for by, group in GROUPS.items() for case in group]
     print("| tried | refused by | with |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         cache = reference_cache(Path(temporary))
-        for case in [*CASES, *SLOW_CASES, *QUIET_CASES]:
+        for case, by in cases:
             with tempfile.TemporaryDirectory() as folder:
                 forged = forge(cache, Path(folder), case)
                 before = outside_of(forged)
-                outcome = in_a_child(forged, quiet=case in QUIET_CASES)
+                outcome = in_a_child(forged, by)
                 civil = outcome.civil and outside_of(forged) == before
             failures += not civil
             most = max(most, outcome.memory)
-            by = "verify, not read" if case in QUIET_CASES else "reading"
             print(f"| {case} | {by} | {'' if civil else '**FAILED** '}{outcome.refusal} |")
-    total = len(CASES) + len(SLOW_CASES) + len(QUIET_CASES)
     print(
-        f"\n{total} forgeries, {failures} not refused as they should be; at most "
+        f"\n{len(cases)} forgeries, {failures} not refused as they should be; at most "
         f"{most / 2**20:.0f} MiB of memory above the start (allowed: {MEMORY // 2**20} MiB)"
     )
     sys.exit(bool(failures))
@@ -81,11 +104,11 @@ def reference_cache(folder: Path) -> Path:
     return folder / "cache"
 
 
-def in_a_child(forged: Forge, *, quiet: bool) -> Outcome:
+def in_a_child(forged: Forge, by: By) -> Outcome:
     """Open in a process with bounds."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_look, args=(forged, quiet, theirs))
+    child = context.Process(target=_look, args=(forged, by, theirs))
     child.start()
     theirs.close()
     outcome = Outcome(refusal=f"no end within {SECONDS} s", civil=False, memory=0)
@@ -99,11 +122,11 @@ def in_a_child(forged: Forge, *, quiet: bool) -> Outcome:
     return outcome
 
 
-def _look(forged: Forge, quiet: bool, result: Connection) -> None:
+def _look(forged: Forge, by: By, result: Connection) -> None:
     limit_memory(MEMORY)
     begin, start = resident(), time.monotonic()
     try:
-        refusal, civil = _refusal(forged.root, quiet)
+        refusal, civil = _refusal(forged.root, by)
     except BaseException as error:
         refusal, civil = f"{type(error).__name__}: {error}", False
     civil = civil and time.monotonic() - start < SECONDS
@@ -112,28 +135,71 @@ def _look(forged: Forge, quiet: bool, result: Connection) -> None:
     )
 
 
-def _refusal(root: Path, quiet: bool) -> tuple[str, bool]:
+def _refusal(root: Path, by: By) -> tuple[str, bool]:
     """The line and whether it is as it should be."""
-    read = _read(root)
-    verified = CliRunner().invoke(cache_tools, ["verify", "--decode", str(root)])
-    for command in ("info", "gc"):
-        result = CliRunner().invoke(cache_tools, [command, str(root)])
-        if result.exit_code not in (0, 1) or not isinstance(result.exception, SystemExit | None):
-            return f"{command}: {result.exception!r}", False
-    if not isinstance(verified.exception, SystemExit | None):
-        return f"verify: {verified.exception!r}", False
-    if quiet:
-        problems = verified.stdout.splitlines()[:-1] or verified.stderr.splitlines()[-1:]
-        told = problems[0] if verified.exit_code else "nothing to refuse: it is never interpreted"
-        return told, read is None
-    return read or "nothing", read is not None
+    read = _error(lambda: read_all(root))
+    started = None if read else _error(lambda: start_training(root))
+    verified = _run("verify", "--decode", str(root))
+    for done in (verified, _run("info", str(root)), _run("gc", str(root))):
+        if done.uncaught or done.code not in (0, 1):
+            return f"{done.command}: {done.uncaught or done.code}", False
+    match by:
+        case "reading":
+            return read or "nothing", read is not None
+        case "train-student":
+            return started or "nothing", started is not None and read is None
+        case "verify --decode":
+            return verified.told, verified.code == 1 and started is None and read is None
+        case _:
+            told = verified.told if verified.code else "nothing to refuse: it is never interpreted"
+            return told, read is None
 
 
-def _read(root: Path) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a command came to."""
+
+    command: str
+    "Its name."
+    code: int
+    "Exit code."
+    told: str
+    "The first problem, else the last line of stderr."
+    uncaught: str
+    "An exception that is no clean exit; empty if there was none."
+
+
+def _run(*arguments: str) -> Done:
+    result = CliRunner().invoke(cache_tools, arguments)
+    clean = isinstance(result.exception, SystemExit | None)
+    problems = result.stdout.splitlines()[:-1] or result.stderr.splitlines()[-1:]
+    done = Done(
+        command=arguments[0], code=result.exit_code, told=problems[0] if problems else "",
+        uncaught="" if clean else repr(result.exception),
+    )  # fmt: skip
+    del result
+    gc.collect()  # its frames hold what was read; a user's command is a process of its own
+    return done
+
+
+def start_training(root: Path) -> None:
+    """What train-student asks of a cache's probes before it trains."""
+    check_probe(
+        open_cache(root), recipe(), load_tokenizer(STUDENT), ImageProcessor(CLIP, "pad"), accept=(),
+        accepted={},
+    )  # fmt: skip
+
+
+def read_all(root: Path) -> None:
+    """Every sample of a cache."""
+    cache = open_cache(root)
+    for key in cache.keys():  # noqa: SIM118  (a Cache is not a dict)
+        cache.read(key)
+
+
+def _error(act: Callable[[], None]) -> str | None:
     try:
-        cache = open_cache(root)
-        for key in cache.keys():  # noqa: SIM118  (a Cache is not a dict)
-            cache.read(key)
+        act()
     except ProjectError as error:
         return str(error)
     return None

@@ -9,7 +9,7 @@ most one tar ahead or behind, so memory is bounded by the size of a shard, not b
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,10 +148,10 @@ def find_pending(
         MismatchError: names both values.
         InputError: a pending tar holds a sample that a shard of another tar holds already.
     """
-    for index in tqdm(indexes, unit="tar", desc="check", delay=2):
-        if index.name in records:
-            there = vars(records[index.name].tar)
-            compare(f"{out}: shard {index.name}: tar", there, vars(tar_facts(index)), ADVICE)
+    committed = [index for index in indexes if index.name in records]
+    for index, facts in each_tar_facts(committed):
+        there = vars(records[index.name].tar)
+        compare(f"{out}: shard {index.name}: tar", there, vars(facts), ADVICE)
     pending = [index for index in indexes if index.name not in records]
     stored = {key: record.tar.name for record in records.values() for key in record.keys}
     refuse_repeated_keys(pending, stored)
@@ -169,12 +169,20 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
         put_file(out / file, content)
 
 
-def tar_facts(index: TarIndex) -> TarFacts:
-    """Name, size and digests of a tar."""
+def each_tar_facts(indexes: Sequence[TarIndex]) -> Iterator[tuple[TarIndex, TarFacts]]:
+    """Facts of tar after tar; all their bytes are read, so a bar says how far that is."""
+    total = sum(index.path.stat().st_size for index in indexes)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="check tars", delay=2) as bar:
+        for index in indexes:
+            yield index, tar_facts(index, bar.update)
+
+
+def tar_facts(index: TarIndex, advance: Callable[[int], object] = lambda _: None) -> TarFacts:
+    """Name, size and digests of a tar; `advance` is told the bytes that are read."""
     return TarFacts(
         name=index.path.name,
         size=index.path.stat().st_size,
-        sha256=tar_sha256(index.path),
+        sha256=tar_sha256(index.path, advance),
         index_sha256=index.sha256,
     )
 

@@ -4,7 +4,7 @@ No weights are read: `build-cache --dry-run` works with a folder that holds only
 tokenizer. Bytes are before lossless compression, so they are an upper estimate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cache_builder.prepare import PreparedSample, prepare
+from cache_builder.probe import choose
 from shared.encodings import ENCODINGS, id_dtype
 from shared.mobilevlm import NUM_VISION, VLMConfig
 from shared.record import Skipped
@@ -28,7 +29,7 @@ class SignalSize:
     """One signal's part of the cache."""
 
     signal: str
-    "Which."
+    "Which; the probe and the images' digests are counted like one."
     unit: str
     "What it is stored per."
     unit_bytes: float
@@ -82,7 +83,16 @@ def estimate(
         samples=total,
         examined=examined,
         skipped=tuple(skipped),
-        signals=tuple(_signals(usable, spec, config, scale)),
+        signals=(*_signals(usable, spec, config, scale), _probe(tars, {s.key for s in skipped})),
+    )
+
+
+def _probe(tars: Sequence[TarIndex], skipped: Collection[str]) -> SignalSize:
+    """Inputs that each shard stores of a few samples, by the sizes in the tars' headers."""
+    chosen = [s for tar in tars for s in choose(s for s in tar.samples if s.key not in skipped)]
+    size = sum(s.annotation.size + (s.image.size if s.image else 0) for s in chosen)
+    return SignalSize(
+        signal="probe", unit="tar", unit_bytes=size / max(1, len(tars)), units=float(len(tars))
     )
 
 
@@ -94,7 +104,10 @@ def _signals(
     responses = sum(s.num_responses for s in samples)
     tokens = sum(len(s.prompt.input_ids) for s in samples)
     llama = config.llama
-    signals = [SignalSize(signal="sequence", unit="token", unit_bytes=8.0, units=tokens * scale)]
+    signals = [
+        SignalSize(signal="sequence", unit="token", unit_bytes=8.0, units=tokens * scale),
+        SignalSize(signal="image digests", unit="image", unit_bytes=32.0, units=images * scale),
+    ]
     if spec.attention is not None:
         encoding = ENCODINGS[spec.attention.encoding]
         layers = len(spec.attention.layers)

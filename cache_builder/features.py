@@ -19,6 +19,7 @@ from torch import Tensor
 from cache_builder.arrays import Axes, ShardArray, ShardArrays
 from cache_builder.prepare import PixelBatch, PreparedSample, PreparedTar
 from cache_builder.teacher import Signals, Teacher
+from shared.cache import IMAGE_SHA256
 from shared.encodings import ENCODINGS, id_dtype
 from shared.mobilevlm import NUM_VISION
 from shared.record import Skipped
@@ -36,6 +37,8 @@ class ShardFeatures:
     "Samples that are stored."
     images: list[int]
     "Row of each sample in `vision_tokens`; -1 for text only."
+    image_digests: list[str]
+    "sha256 of each distinct image's file, in the order of those rows."
     arrays: dict[str, ShardArray]
     "The teacher's signals by array name, siblings included."
     skipped: list[Skipped]
@@ -65,6 +68,9 @@ def write_features(shard: ShardWriter, features: ShardFeatures, spec: CacheSpec)
         shard.put("input_ids", np.concatenate([p.input_ids for p in prompts]), ("token",))
         shard.put("labels", np.concatenate([p.labels for p in prompts]), ("token",))
     _put_offsets(shard, "token_offsets", [len(p.input_ids) for p in prompts])
+    if features.image_digests:
+        digests = np.frombuffer(bytes.fromhex("".join(features.image_digests)), dtype=np.uint8)
+        shard.put(IMAGE_SHA256, digests.reshape(-1, 32), ("image", "byte"))
     for name, array in features.arrays.items():
         shard.put(name, array.values, array.axes, zstd_level=array.zstd_level)
     if spec.attention is not None:
@@ -127,6 +133,7 @@ class _TarRun:
         keys = {sample.key for sample in samples}
         return ShardFeatures(
             samples=samples,
+            image_digests=list(rows),
             images=[rows[s.image_digest] if s.image_digest else -1 for s in samples],
             arrays=self.arrays.take({"image": rows, "query": keys, "response": keys}),
             skipped=self.tar.skipped + [Skipped(key=k, reason=self.skipped[k]) for k in late],

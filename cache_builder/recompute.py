@@ -27,7 +27,7 @@ from shared.checkpoint import ModelFolder
 from shared.encodings import ENCODINGS
 from shared.errors import CacheError, DamagedError, MismatchError, UnusableSample
 from shared.mobilevlm import read_config
-from shared.probe import ProbeInput, compare_pixels, compare_text, read_probe
+from shared.probe import ProbeInput, compare_image, compare_pixels, compare_text, read_probe
 from shared.record import compare
 from shared.samples import TarIndex
 from shared.spec import CacheSpec, LogprobsSpec
@@ -103,7 +103,7 @@ def _without_spec(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _wrong(cache: Cache, builder: Builder, found: ProbeInput) -> Iterator[str]:
     inputs = compare_text(found, cache, cache.spec.template, builder.tokenizer)
-    inputs |= compare_pixels(found, builder.processor)
+    inputs |= compare_image(found, cache) | compare_pixels(found, builder.processor)
     for name, (stored, recomputed) in inputs.items():
         yield f"{name}: {stored} stored, {recomputed} recomputed"
     if inputs:

@@ -1,42 +1,54 @@
 """Taking damaged shards out of a cache, and saying or doing what brings them back."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cache_builder.gc import remove
-from cache_builder.verify import Report, verify_cache
+from cache_builder.verify import Report
 from shared.errors import CacheError, InputError
 from shared.inside import list_inside
-from shared.record import DATA, RECORDS, ShardRecord, record_names, spec_of
+from shared.record import DATA, RECORDS, ShardRecord, compare, record_names, spec_of
 from shared.spec import CacheSpec
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repair:
-    """What was taken out."""
-
-    report: Report
-    "What was wrong."
-    tars: tuple[str, ...]
-    "File names of the tars to build again."
-
-
-def take_out(root: Path, *, workers: int, decode: bool) -> Repair:
+def take_out(root: Path, report: Report) -> list[str]:
     """Remove the record, then the data, of every damaged shard, and damaged plans.
 
     Shards that are whole but do not belong together are left: which of them to keep is for people.
     So are records of other versions.
 
+    Args:
+        report: what is wrong, by `verify_cache`.
+
+    Returns:
+        File names of the tars to build again.
+
     Raises:
-        CacheError: no cache here, or something cannot be deleted.
+        CacheError: something cannot be deleted.
     """
-    report = verify_cache(root, workers=workers, decode=decode)
     for problem in report.problems:
         if problem.kind == "plan":
             remove(root, problem.place)
-    tars = [_take_out_shard(root, name) for name in report.bad_shards]
-    return Repair(report=report, tars=tuple(tars))
+    return [_take_out_shard(root, name) for name in report.bad_shards]
+
+
+def check_origin(root: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to rebuild with what the cache was not built with, while it is still as it was.
+
+    Args:
+        identity: of the build that is to be.
+
+    Raises:
+        MismatchError: both values are named.
+    """
+    for name in record_names(root):
+        try:
+            record = ShardRecord.load(root / RECORDS / f"{name}.json")
+        except CacheError:
+            continue
+        advice = "Nothing was taken out: name the teacher that built the cache."
+        compare(f"{root}: shard {name}", record.identity, identity, advice)
 
 
 def choose_tars(wanted: Sequence[str], tars: Sequence[Path]) -> list[Path]:

@@ -16,6 +16,7 @@ from shared.console import Command, bytes_text, printable_lines
 from shared.errors import DamagedError
 
 if TYPE_CHECKING:
+    from cache_builder.build import Builder
     from cache_builder.diff import CacheDiff, ShardDiff
     from cache_builder.gc import Leftover
     from cache_builder.verify import Report
@@ -83,23 +84,27 @@ def repair(
     """Take damaged shards out of CACHE and say which tars to build again.
 
     With --teacher and --data they are built again at once, with the spec and number format of the
-    cache. Shards that are whole but do not belong together are named and left.
+    cache; another teacher is refused before anything is taken out. Shards that are whole but do
+    not belong together are named and left.
     """
     from cache_builder.repair import take_out
+    from cache_builder.verify import verify_cache
 
     if bool(teacher) != bool(data):
         raise click.UsageError("--teacher and --data go together")
     rebuild = _Rebuild(cache, teacher, vision_tower, data, device) if teacher else None
-    done = take_out(cache, workers=workers, decode=decode)
-    left = [problem for problem in done.report.problems if problem.kind == "cache"]
-    lines = [f"{problem}" for problem in done.report.problems if problem.kind != "cache"]
+    report = verify_cache(cache, workers=workers, decode=decode)
+    builder = rebuild.load() if rebuild and report.bad_shards else None
+    tars = take_out(cache, report)
+    left = [problem for problem in report.problems if problem.kind == "cache"]
+    lines = [f"{problem}" for problem in report.problems if problem.kind != "cache"]
     lines.append(
-        f"{cache}: {len(done.tars)} shards taken out"
-        + (f"; build again: {' '.join(done.tars)}" if done.tars else "")
+        f"{cache}: {len(tars)} shards taken out"
+        + (f"; build again: {' '.join(tars)}" if tars else "")
     )
     click.echo(printable_lines(lines))
-    if rebuild is not None and done.tars:
-        click.echo(printable_lines([rebuild.run(done.tars)]))
+    if rebuild is not None and builder is not None:
+        click.echo(printable_lines([rebuild.run(builder, tars)]))
     if left:
         raise DamagedError(
             f"{cache}: {len(left)} problems are left that taking shards out does not solve, the "
@@ -177,19 +182,26 @@ class _Rebuild:
 
         object.__setattr__(self, "_facts", (*spec_to_rebuild(self.cache), expand_tars(self.data)))
 
-    def run(self, wanted: Sequence[str]) -> str:
-        """Build the tars of these names; what was done, in a line."""
-        from cache_builder.build import build_cache
-        from cache_builder.repair import choose_tars
+    def load(self) -> "Builder":
+        """What builds; refused if it is not what the cache was built with."""
+        from cache_builder.repair import check_origin
         from cache_builder.setup import load_builder
 
-        spec, dtype, tars = self._facts
-        chosen = choose_tars(wanted, tars)
+        spec, dtype, _ = self._facts
         builder = load_builder(
             spec, self.teacher, vision_tower=self.vision_tower, device=self.device, dtype=dtype,
             batch_size=16,
         )  # fmt: skip
-        report = build_cache(builder, chosen, self.cache)
+        check_origin(self.cache, builder.identity)
+        return builder
+
+    def run(self, builder: "Builder", wanted: Sequence[str]) -> str:
+        """Build the tars of these names; what was done, in a line."""
+        from cache_builder.build import build_cache
+        from cache_builder.repair import choose_tars
+
+        _, _, tars = self._facts
+        report = build_cache(builder, choose_tars(wanted, tars), self.cache)
         return f"{self.cache}: {report.built} shards built again, {report.samples} samples"
 
 

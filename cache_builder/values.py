@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache import CachedSample
+from shared.cache import IMAGE_SHA256, CachedSample
+from shared.reader import ShardReader
 from shared.spec import CacheSpec
 
 IMAGE, IGNORED = -200, -100
@@ -27,6 +28,20 @@ def wrong_value(
         length: tokens of the sequence, as the record says.
     """
     return next(_wrong(sample, spec, teacher, length), None)
+
+
+def wrong_digests(shard: ShardReader) -> Iterator[str]:
+    """What is wrong with the number of a shard's image digests; nothing if it has none.
+
+    Args:
+        shard: opened with its whole record.
+    """
+    if not shard.has(IMAGE_SHA256):
+        return
+    images = 1 + max(shard.record.images, default=-1)
+    found = shard.layout(IMAGE_SHA256).shape[0]
+    if found != images:
+        yield f"{found} digests of images, the record says {images} images"
 
 
 def _wrong(

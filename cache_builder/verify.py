@@ -11,12 +11,13 @@ from typing import Literal
 from tqdm import tqdm
 
 from cache_builder.gc import find_leftovers
-from cache_builder.values import wrong_value
+from cache_builder.values import wrong_digests, wrong_value
 from shared.cache import Cache, open_cache
 from shared.errors import CacheError, DamagedError, MismatchError
 from shared.inside import Entry, open_inside, walk_inside
 from shared.plan import plan_names, read_plan
-from shared.probe import read_probe
+from shared.probe import compare_image, read_probe
+from shared.reader import ShardReader
 from shared.record import RECORDS, ShardRecord, differences, record_names
 from shared.strict import shown
 
@@ -244,9 +245,14 @@ def _check_samples(cache: Cache, record: ShardRecord, advance: Advance) -> list[
             problems.append(Problem(kind="shard", place=record.name, file="", what=what))
         advance(1)
     try:
-        read_probe(cache.root, record)
+        whats = [*wrong_digests(ShardReader(root=cache.root, record=record))]
+        for found in read_probe(cache.root, record):
+            for name, (stored, computed) in compare_image(found, cache).items():
+                key = shown(found.key)
+                whats.append(f"sample {key}: {name}: {stored} stored, the probe's is {computed}")
     except DamagedError as error:
-        problems.append(Problem(kind="shard", place=record.name, file="", what=str(error)))
+        whats = [str(error)]
+    problems += [Problem(kind="shard", place=record.name, file="", what=what) for what in whats]
     return problems
 
 

@@ -16,6 +16,12 @@ MAX_SAMPLES = 100_000
 "Most samples of a tar, stored and skipped ones each."
 MAX_TEXT = 512
 "Longest sample key; a skip reason may be twice as long."
+MAX_TOKENS = 2**31 - 1
+"Longest sequence."
+MAX_TOP_K = 2**25
+"Most log-probabilities of a response position: in float32 they fill the largest chunk."
+MAX_LAYERS = 1000
+"Most decoder layers whose attention is stored; they are numbered below it."
 MAX_PROBE = 8
 "Most samples of a shard whose inputs are stored."
 MAX_PROBE_TEXT, MAX_PROBE_IMAGE = 2**20, 4 * 2**20
@@ -31,6 +37,12 @@ _SHOWN: dict[str, dict[str, type]] = {
     "numerics": {"dtype": str},
 }
 "What the tools and train-student look up in an identity besides its spec."
+
+
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """A number of a spec."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be {least} to {most}, found {shown(value)}")
 
 
 def check_file(size: int, sha256: str) -> None:
@@ -87,7 +99,7 @@ def check_samples(keys: Sequence[str], lengths: Sequence[int], images: Sequence[
         raise ValueError("a key stands twice")
     if max(map(len, keys)) > MAX_TEXT or not "".join(keys).isprintable() or "" in keys:
         raise ValueError(f"a key is empty, over {MAX_TEXT} characters, or cannot be printed")
-    if not 1 <= min(lengths) <= max(lengths) < 2**31:
+    if not 1 <= min(lengths) <= max(lengths) <= MAX_TOKENS:
         raise ValueError(f"lengths {min(lengths)} to {max(lengths)}, expected 1 to 2^31 - 1")
     if not -1 <= min(images) <= max(images) < len(keys):
         raise ValueError(f"images {min(images)} to {max(images)}, expected -1 to {len(keys) - 1}")

@@ -36,8 +36,11 @@ from shared.spec import CacheSpec
 Signal = Literal["attention", "vision_tokens", "logprobs"]
 SIGNALS: tuple[Signal, ...] = ("attention", "vision_tokens", "logprobs")
 
+IMAGE_SHA256 = "image_sha256"
+"Array of the digests of a shard's distinct images; caches that were written without it are read."
 _OPEN_SHARDS = 2048
-"Shards whose indexes are kept; each takes about 60 kB at a 7B teacher's shapes."
+"""Shards whose indexes are kept; each takes about 60 kB at a 7B teacher's shapes, and 32 bytes an
+image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class EncodedBatch:
     "Stored arrays."
     rest_logprobs: Float32[np.ndarray, " R"] | None
     "Log of the probability outside the top k."
+    image_sha256: list[bytes | None]
+    "Of each sample's image file in its tar; None for text only, or if its shard does not say."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +192,7 @@ class Cache:
         images = [place.image_row for place in with_image if vision_tokens]
         responses = [place.rows("response_offsets") for place in places if logprobs]
         # A shard without any response may be without the arrays of responses.
-        responses = [r for r in responses if r.start < r.stop or r.reader.has("top_ids")]
+        responses = [r for r in responses if r.start != r.stop or r.reader.has("top_ids")]
         has_rest = bool(responses) and responses[0].reader.has("rest_logprobs")
         batch = EncodedBatch(
             input_ids=reads.one_by_one("input_ids", tokens),
@@ -201,6 +206,7 @@ class Cache:
             top_ids=reads.joined("top_ids", responses) if responses else None,
             top_logprobs=_stored("top_logprobs", logprobs, responses, reads.joined),
             rest_logprobs=reads.joined("rest_logprobs", responses) if has_rest else None,
+            image_sha256=[_image_sha256(place) for place in places],
         )
         reads.run()
         return batch
@@ -252,6 +258,18 @@ def _stored(
     if encoding is None or not samples:
         return {}
     return {suffix: read(name + suffix, samples) for suffix in ("", *ENCODINGS[encoding].siblings)}
+
+
+def _image_sha256(place: _Place) -> bytes | None:
+    reader = place.reader
+    if place.image < 0 or not reader.has(IMAGE_SHA256):
+        return None
+    layout = reader.layout(IMAGE_SHA256)
+    if layout.dtype != np.uint8 or layout.shape[1:] != (32,):
+        found = f"{layout.dtype} {list(layout.shape)}"
+        raise reader.damaged(f"{IMAGE_SHA256} is {found}, expected uint8 [images, 32]")
+    reader.check_rows(IMAGE_SHA256, place.image, place.image + 1)
+    return bytes(reader.whole(IMAGE_SHA256)[place.image])
 
 
 def _decoded(key: str, batch: EncodedBatch, spec: CacheSpec) -> CachedSample:

@@ -5,6 +5,7 @@ same. A trainer recomputes ids, labels and pixels with the student's own preproc
 the teacher recomputes its signals.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,14 @@ def compare_pixels(found: ProbeInput, processor: ImageProcessor) -> Differences:
     except UnusableSample as reason:
         return {"pixels_sha256": (found.pixels_sha256, f"none: {reason}")}
     return _unequal(pixels_sha256=(found.pixels_sha256, pixels))
+
+
+def compare_image(found: ProbeInput, cache: Cache) -> Differences:
+    """Digest of the image's file, as the shard has it and as it is; nothing if it has none."""
+    stored = cache.read_batch([found.key], signals=()).image_sha256[0]
+    if stored is None or found.image is None:
+        return {}
+    return _unequal(image_sha256=(stored.hex(), hashlib.sha256(found.image).hexdigest()))
 
 
 def _pieces(reader: ShardReader, name: str, largest: int) -> list[bytes]:

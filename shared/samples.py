@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -344,14 +344,22 @@ def _parse_json(content: bytes) -> object:
         raise UnusableSample(f"JSON cannot be parsed ({error})") from error
 
 
-def tar_sha256(path: Path) -> str:
+def tar_sha256(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
     """Digest of a whole tar, hexadecimal.
+
+    Args:
+        advance: told the bytes that are done, piece by piece, for a progress bar.
 
     Raises:
         InputError: the tar cannot be read.
     """
+    digest, buffer = hashlib.sha256(), bytearray(2**20)
+    view = memoryview(buffer)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                digest.update(view[:size])
+                advance(size)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 from shared.errors import MismatchError
 
 MAX_BYTES = 16 * 2**20
-"Largest record or plan. Reading one takes at most about twenty times as much memory."
+"Largest record or plan. Reading one takes up to 25 times as much memory (`make malicious`)."
 _MAX_CONTAINERS = 200_000
 "Lists and objects in one file."
 _HEAD = re.compile(rb'\{"sha256":"([0-9a-f]{64})",')

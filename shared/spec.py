@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.bounds import MAX_LAYERS, MAX_TOKENS, MAX_TOP_K, check_range
 from shared.encodings import AttentionEncoding, LogprobEncoding, VisionEncoding
-from shared.strict import build, read_yaml
+from shared.strict import build, read_yaml, shown
 
 Template = Literal["plain", "v1"]
 Aspect = Literal["pad", "square"]
@@ -31,8 +32,10 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("layers is empty; leave `attention` out to store none")
-        if min(self.layers) < 0 or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers must be distinct and >= 0, found {list(self.layers)}")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers must be distinct, found {shown(list(self.layers))}")
+        for layer in self.layers:
+            check_range("each of layers", layer, 0, MAX_LAYERS - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,7 @@ class LogprobsSpec:
     "How each log-probability (nats) is stored; ids take the smallest type for the vocabulary."
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, found {self.top_k}")
+        check_range("top_k", self.top_k, 1, MAX_TOP_K)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,7 @@ class CacheSpec:
     "Log-probabilities at response positions, or none."
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 2:
-            raise ValueError(f"max_tokens must be at least 2, found {self.max_tokens}")
+        check_range("max_tokens", self.max_tokens, 2, MAX_TOKENS)
         if not (self.attention or self.vision_tokens or self.logprobs):
             raise ValueError(
                 "names no signal: give at least one of attention, vision_tokens, logprobs"

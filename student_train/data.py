@@ -4,6 +4,7 @@ Batches are planned from an index (key, length, image or not), so any shuffle, s
 length grouping works on one cache, and a resumed run goes on with the very next sample.
 """
 
+import hashlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from shared.cache import EncodedBatch, Signal
-from shared.errors import ProjectError, TrainingError, UnusableSample
+from shared.errors import MismatchError, ProjectError, TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
 from shared.prompt import Prompt, build_prompt
@@ -27,6 +28,7 @@ from shared.record import Skipped
 from shared.samples import SampleEntry, TarIndex, index_tars, read_image, read_sample
 from shared.sequence import SequenceBatch, pad_sequences
 from shared.spec import CacheSpec, canonical_digest
+from shared.strict import shown
 from shared.tokenizer import Tokenizer
 from student_train.config import LossConfig, Recipe
 
@@ -135,6 +137,8 @@ class TrainingSet(Dataset[list[int]]):
     "Teacher signals, or none."
     tars: Mapping[str, str]
     "Name of each tar and the digest of its index."
+    accepted_tars: frozenset[str] = frozenset()
+    "Names of tars that may differ from the source's: their images are not compared."
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -152,17 +156,21 @@ class TrainingSet(Dataset[list[int]]):
         """The batch of these samples; one with a broken image is left out and listed."""
         usable: list[_Input] = []
         skipped: list[Skipped] = []
-        for number in numbers:
-            tar, entry = self.entries[number]
+        chosen = [self.entries[number] for number in numbers]
+        stored = self._stored([entry.key for _, entry in chosen])
+        digests = stored.image_sha256 if stored else [None] * len(chosen)
+        for (tar, entry), digest in zip(chosen, digests, strict=True):
             try:
-                usable.append(self._input(tar, entry))
+                usable.append(self._input(tar, entry, digest))
             except UnusableSample as reason:
                 skipped.append(Skipped(key=entry.key, reason=str(reason)))
         if not usable:
             raise TrainingError(
                 f"no sample of a batch can be used: {skipped[0].key}: {skipped[0].reason}"
             )
-        sequences, targets = self._sequences(usable)
+        if skipped:  # their targets go too
+            stored = self._stored([found.key for found in usable])
+        sequences, targets = _sequences(usable, stored)
         pixels = [found.pixels for found in usable if found.pixels is not None]
         size = self.processor.size
         return TrainingBatch(
@@ -172,24 +180,27 @@ class TrainingSet(Dataset[list[int]]):
             skipped=tuple(skipped),
         )
 
-    def _input(self, tar: Path, entry: SampleEntry) -> "_Input":
-        """What the tar has of a sample; with a source the text is not needed."""
+    def _stored(self, keys: Sequence[str]) -> EncodedBatch | None:
+        if self.source is None:
+            return None
+        return self.source.read_batch(keys, used_signals(self.recipe.loss))
+
+    def _input(self, tar: Path, entry: SampleEntry, digest: bytes | None) -> "_Input":
+        """What the tar has of a sample; with a source the text is not needed.
+
+        Args:
+            digest: sha256 that the source has of the image, if it has one.
+        """
         if self.source is not None:
             image, prompt = read_image(tar, entry), None
         else:
             sample = read_sample(tar, entry)
             image = sample.image
             prompt = build_prompt(sample.conversation, self.recipe.template, self.tokenizer)
+        if digest is not None and tar.name not in self.accepted_tars:
+            _refuse_other_image(tar, entry.key, image, digest)
         pixels = None if image is None else self.processor(decode_image(image))
         return _Input(key=entry.key, pixels=pixels, prompt=prompt)
-
-    def _sequences(self, usable: Sequence["_Input"]) -> tuple[SequenceBatch, Targets | None]:
-        if self.source is None:
-            prompts = [found.prompt for found in usable if found.prompt is not None]
-            return pad_sequences([p.input_ids for p in prompts], [p.labels for p in prompts]), None
-        keys = [found.key for found in usable]
-        encoded = self.source.read_batch(keys, used_signals(self.recipe.loss))
-        return pad_sequences(encoded.input_ids, encoded.labels), _targets(encoded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +391,17 @@ def _match(where: Mapping[str, object], source: TeacherSource) -> dict[str, int]
     return {key: length for key, length in lengths if key in where}
 
 
+def _refuse_other_image(tar: Path, key: str, image: bytes | None, digest: bytes) -> None:
+    """Equal sizes and places of all members, which are compared at the start, do not tell this."""
+    found = None if image is None else hashlib.sha256(image).digest()
+    if found != digest:
+        raise MismatchError(
+            f"sample {shown(key)}: its image in {tar} has sha256 {found.hex() if found else None}, "
+            f"the one that the cache was built from {digest.hex()}; train on the tars that the "
+            "cache was built from, or build a cache from these (build-cache into another folder)"
+        )
+
+
 def _over_limit(length: int, recipe: Recipe) -> str:
     return f"{length} tokens, at most {recipe.max_tokens}"
 
@@ -388,6 +410,15 @@ def _reasons(skipped: Sequence[Skipped]) -> str:
     if not skipped:
         return "they are empty"
     return "; ".join(f"{sample.key}: {sample.reason}" for sample in skipped[:3])
+
+
+def _sequences(
+    usable: Sequence[_Input], stored: EncodedBatch | None
+) -> tuple[SequenceBatch, Targets | None]:
+    if stored is not None:
+        return pad_sequences(stored.input_ids, stored.labels), _targets(stored)
+    prompts = [found.prompt for found in usable if found.prompt is not None]
+    return pad_sequences([p.input_ids for p in prompts], [p.labels for p in prompts]), None
 
 
 def _targets(encoded: EncodedBatch) -> Targets:

@@ -41,6 +41,8 @@ GROUPS = {
 }  # fmt: skip
 "Group of parameters -> prefix of their names."
 
+_ACCEPTED = "name the folder of a run as --student: what that run accepted is accepted here too."
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradientFidelity:
@@ -107,7 +109,7 @@ def load_pair(inputs: Inputs, recipe: Recipe, exact: Cache, cache: Cache, name: 
     model = load_model(folder, inputs.vision_tower)
     tokenizer = load_tokenizer(folder.path)
     processor = ImageProcessor(model.config.tower_folder, recipe.image_aspect)
-    check_fit(cache, recipe, tokenizer, processor, model, inputs)
+    check_fit(cache, recipe, tokenizer, processor, model, inputs, or_else=_ACCEPTED)
     ours = make_student(model, recipe, exact, inputs.adapters)
     theirs = make_student(model, recipe, cache, inputs.adapters)
     theirs.adapters = ours.adapters  # where they are fresh, they are of other random numbers

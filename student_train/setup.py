@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,9 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     tars = expand_tars(inputs.data)
     training_set = load_training_set(tars, recipe, tokenizer, processor, cache)
     if cache is not None:
-        accepted |= check_tars(cache, tars, training_set.tars, inputs.accept)
+        other = check_tars(cache, tars, training_set.tars, inputs.accept)
+        training_set = replace(training_set, accepted_tars=frozenset(map(_tar_of, other)))
+        accepted |= other
     refuse_unused(inputs.accept, accepted)
     settings = {
         "recipe": recipe.to_dict(),
@@ -124,8 +126,13 @@ def check_fit(
     processor: ImageProcessor,
     model: MobileVLM,
     inputs: Inputs,
+    *,
+    or_else: str = _ACCEPT,
 ) -> Mismatches:
     """Refuse a cache and a student that see different sequences or pixels.
+
+    Args:
+        or_else: the last piece of advice of the refusal.
 
     Returns:
         What differs and is accepted.
@@ -154,7 +161,7 @@ def check_fit(
         here["vocab_size"] = int(model.llm.config.vocab_size)
     advice = (
         f"The student ({inputs.student}) must see exactly what the teacher saw: change the recipe, "
-        f"build a cache for this student, or {_ACCEPT}"
+        f"build a cache for this student, or {or_else}"
     )
     return compare(f"cache {cache.root}", there, here, advice, inputs.accept)
 
@@ -189,6 +196,11 @@ def check_tars(
     }
     advice = f"Train on the tars that the cache was built from, or {_ACCEPT}"
     return compare(f"cache {cache.root}", {"tar": there}, {"tar": here}, advice, accept)
+
+
+def _tar_of(name: str) -> str:
+    """The tar of an accepted `tar.NAME.size` or `tar.NAME.index_sha256`."""
+    return name.removeprefix("tar.").rpartition(".")[0]
 
 
 def refuse_unused(accept: Sequence[str], accepted: Mismatches) -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import socket
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,9 +21,11 @@ import numpy as np
 import zarr
 from numcodecs import zstd
 
+from shared.bounds import MAX_PROBE_IMAGE, MAX_PROBE_TEXT
+from shared.images import ImageProcessor, decode_image, pixels_digest
 from shared.sealed import MAX_BYTES, seal
 from shared.store import put_array
-from tests.support import edit_record, record
+from tests.support import CLIP, edit_record, png, record
 
 SHARD = "ref-000000"
 ARRAY = "attention_0"
@@ -197,6 +200,16 @@ def _field(**fields: Any) -> Callable[[Forge], None]:
     return lambda forge: forge.edit(lambda values: values.update(fields))
 
 
+def _spec(**fields: Any) -> Callable[[Forge], None]:
+    """In all records: where one differs from another, that is refused first."""
+
+    def make(forge: Forge) -> None:
+        for path in forge.root.glob("records/*.json"):
+            edit_record(forge.root, path.stem, lambda v: v["identity"]["spec"].update(fields))
+
+    return make
+
+
 def _metadata(**fields: Any) -> Callable[[Forge], None]:
     return lambda forge: forge.edit_metadata(lambda values: values.update(fields))
 
@@ -246,9 +259,17 @@ def _device(forge: Forge) -> None:
     link(forge.chunks, Path("/dev/zero"))
 
 
-def _texts(forge: Forge) -> None:
-    room = MAX_BYTES - 200
-    forge.write_record(b'"a":[' + b",".join([b'"ab"'] * (room // 5)) + b"]}")
+def _texts(text: str, *more: str) -> Callable[[Forge], None]:
+    """As many copies of a short text as a record may hold."""
+
+    def make(forge: Forge) -> None:
+        piece = f'"{text}"'.encode()
+        pieces = [piece] * ((MAX_BYTES - 200) // (len(piece) + 1))
+        forge.write_record(
+            b'"a":[' + b",".join([*(f'"{m}"'.encode() for m in more), *pieces]) + b"]}"
+        )
+
+    return make
 
 
 def _valid_but_large(forge: Forge) -> None:
@@ -267,6 +288,60 @@ def _own_lengths(forge: Forge) -> None:
     values["chunk_grid"]["configuration"]["chunk_shape"] = [rows]
     values["codecs"][0]["configuration"]["chunk_shape"] = [2**24]
     forge.write(metadata, json.dumps(values).encode())
+
+
+def _conversation(question: str) -> bytes:
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "so"}]
+    return json.dumps({"id": "x", "conversations": turns}).encode()
+
+
+def _png() -> bytes:
+    return png(99, (16, 16))
+
+
+def _large_png(side: int) -> bytes:
+    """A header that promises `side` x `side` pixels, and a few of them."""
+    content = bytearray(png(99, (16, 16)))
+    content[16:24] = side.to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+def _put_annotation(forge: Forge, text: bytes) -> None:
+    _put_piece(forge, "probe_annotation", text)
+
+
+def _put_image(forge: Forge, image: bytes, *, fits: bool = False) -> None:
+    _put_piece(forge, "probe_image", image)
+    if fits:
+        digest = pixels_digest(ImageProcessor(CLIP, "pad")(decode_image(image)))
+        forge.edit(lambda values: values["probe"][0].update(pixels_sha256=digest))
+
+
+def _put_piece(forge: Forge, array: str, piece: bytes) -> None:
+    """In place of the first sample's, and nothing for the others."""
+    samples = len(json.loads(forge.record.read_bytes())["probe"])
+    edges = [0] + [len(piece)] * samples
+    forge.write_array(array, np.frombuffer(piece or b"x", dtype=np.uint8))
+    forge.write_array(f"{array}_offsets", np.array(edges, dtype=np.int64))
+
+
+def _probe_edges(piece: str, first: int, second: int) -> Callable[[Forge], None]:
+    def make(forge: Forge) -> None:
+        samples = len(json.loads(forge.record.read_bytes())["probe"])
+        edges = [first] + [second] * samples
+        forge.write_array(f"probe_{piece}_offsets", np.array(edges, dtype=np.int64))
+
+    return make
+
+
+def _drop_array(forge: Forge, array: str) -> None:
+    def drop(values: dict[str, Any]) -> None:
+        files = values["files"].items()
+        values["files"] = {name: file for name, file in files if not name.startswith(f"{array}/")}
+
+    shutil.rmtree(forge.data / array)
+    forge.edit(drop)
 
 
 CASES: dict[str, Callable[[Forge], None]] = {
@@ -330,12 +405,28 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "record: a length of 2^62": _field(lengths=[2**62, 5]),
     "record: an image that is not there": _field(images=[0, 2**31]),
     "record: a file of -1 bytes": _field(files={"zarr.json": {"size": -1, "sha256": "0" * 64}}),
+    "record: a probe of no sample of the shard": _field(
+        probe=[{"key": "x", "pixels_sha256": None}]
+    ),
+    "record: a probe of one sample twice": lambda f: f.edit(
+        lambda v: v["probe"].append(v["probe"][0])
+    ),
+    "record: a probe of 100,000 samples": _field(
+        probe=[{"key": f"{n}", "pixels_sha256": None} for n in range(100_000)]
+    ),
+    "record: a probe with an image, of a sample without": lambda f: f.edit(
+        lambda v: v.update(images=[-1] * len(v["images"]))
+    ),
     "record: an identity without a teacher": lambda f: f.edit(
         lambda v: v["identity"].update(teacher={})
     ),
     "record: a spec of another kind": lambda f: f.edit(
         lambda v: v["identity"].update(spec={"template": ["v1"]})
     ),
+    "spec: sequences of 2^62 tokens": _spec(max_tokens=2**62),
+    "spec: 2^40 log-probabilities": _spec(logprobs={"top_k": 2**40, "encoding": "float32"}),
+    "spec: layer 2^31": _spec(attention={"layers": [0, 2**31], "encoding": "float32"}),
+    "spec: 5,000 layers": _spec(attention={"layers": [*range(5000)], "encoding": "float32"}),
     "zarr.json: 100 MB": lambda f: f.write(f.data / ARRAY / "zarr.json", b" " * 10**8),
     "zarr.json: 30,000 lists in one another": lambda f: f.write(
         f.data / ARRAY / "zarr.json", b"[" * 30_000
@@ -400,7 +491,55 @@ CASES: dict[str, Callable[[Forge], None]] = {
 }
 "Name -> how it is made. Reading all samples must refuse each."
 
-SLOW_CASES: dict[str, Callable[[Forge], None]] = {"record: 16 MiB of two-letter texts": _texts}
+OTHER_PROBES: dict[str, Callable[[Forge], None]] = {
+    "probe: another text": lambda f: _put_annotation(f, _conversation("why is the boat there")),
+    "probe: a text that is no JSON": lambda f: _put_annotation(f, b"{" * 100),
+    "probe: no text": lambda f: _put_annotation(f, b""),
+    "probe: a text of 500,000 lists": lambda f: _put_annotation(f, b"[" + b"[]," * 300_000),
+    "probe: another image": lambda f: _put_image(f, _png()),
+    "probe: an image that is none": lambda f: _put_image(f, b"no image"),
+    "probe: no image": lambda f: _put_image(f, b""),
+    "probe: an image of 60,000 x 60,000": lambda f: _put_image(f, _large_png(60_000)),
+    "probe: another pixels_sha256": lambda f: f.edit(
+        lambda v: v["probe"][0].update(pixels_sha256="0" * 64)
+    ),
+}
+"Inputs that do not give what the shard holds."
+
+MISSHAPEN_PROBES: dict[str, Callable[[Forge], None]] = {
+    "probe: edges that go back": _probe_edges("image", 9, 5),
+    "probe: edges below zero": _probe_edges("image", -5, 5),
+    "probe: edges beyond the end": _probe_edges("annotation", 0, 10**6),
+    "probe: edges of 2^63 - 1": _probe_edges("annotation", 0, 2**63 - 1),
+    "probe: an image beyond the bound": _probe_edges("image", 0, MAX_PROBE_IMAGE + 1),
+    "probe: a text beyond the bound": _probe_edges("annotation", 0, MAX_PROBE_TEXT + 1),
+    "probe: edges of another type": lambda f: f.write_array(
+        "probe_image_offsets", np.zeros(3, dtype=np.int32)
+    ),
+    "probe: too few edges": lambda f: f.write_array("probe_annotation_offsets", np.zeros(1, "<i8")),
+    "probe: texts of another type": lambda f: f.write_array(
+        "probe_annotation", np.zeros(10**4, dtype=np.float32)
+    ),
+    "probe: images that are missing": lambda f: _drop_array(f, "probe_image"),
+}
+"Inputs that cannot be taken out."
+
+PROBE_CASES = {**OTHER_PROBES, **MISSHAPEN_PROBES}
+"What a start of train-student must refuse."
+
+DECODE_CASES: dict[str, Callable[[Forge], None]] = {
+    "probe: another image, its pixels_sha256 put right": lambda f: _put_image(f, _png(), fits=True),
+    "image digests of zeros": lambda f: f.write_array("image_sha256", np.zeros((2, 32), np.uint8)),
+    "image digests: one too many": lambda f: f.write_array(
+        "image_sha256", np.zeros((3, 32), np.uint8)
+    ),
+}
+"What a start of train-student cannot know. `verify --decode` must refuse each."
+
+SLOW_CASES: dict[str, Callable[[Forge], None]] = {
+    "record: 16 MiB of two-letter texts": _texts("ab"),
+    "record: 16 MiB of one letter, read with 4 bytes each": _texts("ā", "\U0001f600"),
+}
 "More of the same that take seconds; not in the test suite."
 
 QUIET_CASES: dict[str, Callable[[Forge], None]] = {
@@ -434,7 +573,7 @@ def forge(cache: Path, folder: Path, case: str) -> Forge:
     (outside / "canary").write_text("alive")
     made = Forge(root=root, outside=outside)
     assert record(root, SHARD)  # what is changed is whole
-    {**CASES, **SLOW_CASES, **QUIET_CASES}[case](made)
+    {**CASES, **SLOW_CASES, **QUIET_CASES, **PROBE_CASES, **DECODE_CASES}[case](made)
     return made
 
 

@@ -18,6 +18,7 @@ from tests.support import (
     edit_record,
     error_line,
     invoke,
+    png,
     sample,
     stored_digests,
     teacher_copy,
@@ -133,7 +134,8 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path: Path, tar: Path
 
 def test_a_dry_run_predicts_the_sizes_that_a_build_stores(tmp_path: Path) -> None:
     samples = [sample(f"s{n}") for n in range(5)]
-    tar = write_tar(tmp_path / "t.tar", *samples, text_sample("b"))
+    unusable = sample("a", b"{", png(9, (40, 40)))
+    tar = write_tar(tmp_path / "t.tar", unusable, *samples, text_sample("b"))
     signals = {s["signal"]: s for s in dry(tmp_path, tar)["signals"]}  # type: ignore[attr-defined]
     command(tmp_path / "cache", tar, FULL)
 
@@ -153,6 +155,12 @@ def test_a_dry_run_predicts_the_sizes_that_a_build_stores(tmp_path: Path) -> Non
     assert predicted("vision tokens") == size("vision_tokens")
     rest = 4 * group["top_ids"].shape[0]  # counted though k is the whole vocabulary
     assert predicted("log-probabilities") == size("top_ids", "top_logprobs") + rest
+    assert predicted("image digests") == size("image_sha256")
+    assert predicted("probe") == size("probe_annotation", "probe_image")
+    whole = size(*group.array_keys())
+    edges = size(*(name for name in group.array_keys() if name.endswith("_offsets")))
+    assert sum(map(predicted, signals)) - rest == whole - edges
+    assert edges < 0.001 * whole
 
 
 def test_a_dry_run_names_what_would_be_skipped(tmp_path: Path) -> None:

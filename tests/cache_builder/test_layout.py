@@ -17,6 +17,7 @@ AXES = {
     "labels": ["token"],
     "token_offsets": ["boundary"],
     "vision_tokens": ["image", "vision", "channel"],
+    "image_sha256": ["image", "byte"],
     "attention_0": ["query", "head", "vision"],
     "query_offsets": ["boundary"],
     "top_ids": ["response", "top"],

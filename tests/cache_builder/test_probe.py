@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from shared.bounds import MAX_PROBE_IMAGE
 from shared.errors import DamagedError, MismatchError
 from shared.images import ImageProcessor, decode_image, pixels_digest
 from shared.probe import read_probe
-from tests.malicious import SHARD, Forge
+from tests.malicious import DECODE_CASES, MISSHAPEN_PROBES, SHARD, Forge
 from tests.support import (
     CLIP,
     FULL,
@@ -149,40 +148,49 @@ def forged(cache: Path, folder: Path) -> Forge:
     return Forge(root=folder / "cache", outside=folder)
 
 
-FORGERIES: dict[str, Callable[[Forge], None]] = {
-    "edges that go back": lambda f: f.write_array(
-        "probe_image_offsets", np.array([0, 9, 5], dtype=np.int64)
-    ),
-    "edges beyond the end": lambda f: f.write_array(
-        "probe_image_offsets", np.array([0, 10**6, 10**6], dtype=np.int64)
-    ),
-    "an image beyond the bound": lambda f: f.write_array(
-        "probe_image_offsets", np.array([0, 2**22 + 1, 2**22 + 1], dtype=np.int64)
-    ),
-    "edges of another type": lambda f: f.write_array(
-        "probe_image_offsets", np.array([0, 1, 1], dtype=np.int32)
-    ),
-    "too few edges": lambda f: f.write_array("probe_annotation_offsets", np.zeros(2, np.int64)),
-    "annotations of another type": lambda f: f.write_array(
-        "probe_annotation", np.zeros(10**4, np.float32)
-    ),
-    "images that are missing": lambda f: [
-        f.edit(lambda v: [v["files"].pop(n) for n in list(v["files"]) if "probe_image/" in n]),
-        shutil.rmtree(f.data / "probe_image"),
-    ][0],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FORGERIES)
+@pytest.mark.parametrize("case", MISSHAPEN_PROBES)
 def test_a_forged_probe_is_damage_in_one_line(coarse: Path, tmp_path: Path, case: str) -> None:
     made = forged(coarse, tmp_path)
-    FORGERIES[case](made)
+    MISSHAPEN_PROBES[case](made)
 
     with pytest.raises(DamagedError, match=SHARD):
         read_probe(made.root, record(made.root, SHARD))
     assert f"1 of 1 shards are damaged: {SHARD}" in error_line(
         invoke(cache_tools, "verify", "--decode", str(made.root))
     )
+
+
+@pytest.mark.parametrize(
+    ("digests", "message"),
+    [
+        (np.zeros((3, 32), np.uint8), f"sample 'a': image_sha256: {'0' * 64} stored, the probe's"),
+        (np.zeros((4, 32), np.uint8), "4 digests of images, the record says 3 images"),
+        (np.zeros((3, 16), np.uint8), "image_sha256 is uint8 [3, 16], expected uint8 [images, 32]"),
+        (np.zeros((3, 32), np.int32), "image_sha256 is int32 [3, 32], expected uint8"),
+        (np.zeros((2, 32), np.uint8), "image_sha256 has 2 rows, not rows 2 to 3"),
+    ],
+)
+def test_forged_image_digests_are_found(
+    coarse: Path, tmp_path: Path, digests: Any, message: str
+) -> None:
+    made = forged(coarse, tmp_path)
+    made.write_array("image_sha256", digests)
+
+    result = invoke(cache_tools, "verify", "--decode", str(made.root))
+
+    assert message in result.stdout
+    assert f"1 of 1 shards are damaged: {SHARD}" in error_line(result)
+
+
+def test_another_image_in_the_probe_is_found_by_decode_and_with_the_teacher(
+    coarse: Path, tmp_path: Path
+) -> None:
+    made = forged(coarse, tmp_path)
+    DECODE_CASES["probe: another image, its pixels_sha256 put right"](made)
+
+    for result in (verify(made.root), invoke(cache_tools, "verify", "--decode", str(made.root))):
+        assert result.exit_code == 1
+        assert "sample 'a': image_sha256: " in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -415,21 +415,24 @@ def test_repair_rebuilds_when_it_is_given_the_teacher(root: Path, packed_tars: l
     assert problems(root, "--decode") == []
 
 
-def test_repair_with_another_teacher_is_refused_and_both_values_are_named(
+def test_repair_with_another_teacher_is_refused_before_anything_is_touched(
     root: Path, packed_tars: list[Path], tmp_path: Path
 ) -> None:
-
     other = teacher_copy(
         tmp_path / "teacher", edit=lambda tensors: tensors["model.norm.weight"].add_(1)
     )
     flip(data(root) / "labels" / "c" / "0")
+    before = snapshot(root)
 
     result = invoke(
         cache_tools, "repair", *map(str, (root, "--teacher", other, "--vision-tower", CLIP)),
         *map(str, ("--data", packed_tars[1], "--device", "cpu")),
     )  # fmt: skip
 
-    assert "teacher.weights_sha256" in error_line(result)
+    line = error_line(result)
+    assert "teacher.weights_sha256: '" in line
+    assert "Nothing was taken out" in line
+    assert snapshot(root) == before
 
 
 def test_repair_without_the_tar_says_so_after_taking_the_shard_out(
@@ -437,7 +440,10 @@ def test_repair_without_the_tar_says_so_after_taking_the_shard_out(
 ) -> None:
     flip(data(root) / "labels" / "c" / "0")
 
-    code, _, stderr = run("repair", root, "--teacher", TEACHER, "--data", packed_tars[0])
+    code, _, stderr = run(
+        "repair", root, "--teacher", TEACHER, "--vision-tower", CLIP, "--data", packed_tars[0],
+        "--device", "cpu",
+    )  # fmt: skip
 
     assert code == 1
     assert f"1 tars to rebuild are not in --data: {BAD}.tar" in stderr

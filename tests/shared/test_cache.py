@@ -92,7 +92,7 @@ def test_no_cache_is_a_clear_error(tmp_path: Path, where: str) -> None:
 
 ARRAYS = (
     "input_ids", "labels", "token_offsets", "attention_0", "vision_tokens",
-    "top_ids", "top_logprobs", "query_offsets", "response_offsets",
+    "top_ids", "top_logprobs", "query_offsets", "response_offsets", "image_sha256",
 )  # fmt: skip
 
 

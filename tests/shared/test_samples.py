@@ -1,5 +1,6 @@
 """Indexes of tars, and samples read by position."""
 
+import hashlib
 import io
 import json
 import os
@@ -60,6 +61,15 @@ def test_equal_images_have_equal_digests_whatever_their_samples(tmp_path: Path) 
     digests = [found.image_digest for _, found in read_samples(index_tar(tar))]  # type: ignore[union-attr]
 
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_digest_of_a_tar_is_that_of_its_bytes_and_all_of_them_are_told(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar", sample("a", image=os.urandom(3 * 2**20)))
+    told: list[int] = []
+
+    assert tar_sha256(tar, told.append) == hashlib.sha256(tar.read_bytes()).hexdigest()
+    assert sum(told) == tar.stat().st_size
+    assert len(told) > 3
 
 
 def test_a_tar_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:

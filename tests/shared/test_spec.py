@@ -1,12 +1,17 @@
 """A spec says what is stored, and its digest changes with that and nothing else."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from shared import bounds
+from shared.encodings import ENCODINGS
 from shared.errors import ConfigError
+from shared.reader import MAX_CHUNK_BYTES
 from shared.spec import CacheSpec, canonical_digest
 from tests.support import FULL
 
@@ -55,6 +60,29 @@ def test_a_spec_cannot_be_changed() -> None:
         CacheSpec.from_dict(FULL).template = "plain"  # type: ignore[misc]
 
 
-def test_too_few_tokens_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max_tokens must be at least 2, found 1"):
-        CacheSpec.from_dict({**FULL, "max_tokens": 1})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 1}, "max_tokens must be 2 to 2147483647, found 1"),
+        ({"max_tokens": 2**31}, "max_tokens must be 2 to 2147483647, found 2147483648"),
+        ({"logprobs": {"top_k": 0, "encoding": "float32"}}, "top_k must be 1 to 33554432, found 0"),
+        ({"logprobs": {"top_k": 2**25 + 1, "encoding": "float32"}}, "found 33554433"),
+        ({"attention": {"layers": [0, 1000], "encoding": "float32"}}, "0 to 999, found 1000"),
+        ({"attention": {"layers": [-1], "encoding": "float32"}}, "0 to 999, found -1"),
+        ({"attention": {"layers": [1, 1], "encoding": "float32"}}, "distinct, found [1, 1]"),
+        ({"attention": {"layers": [], "encoding": "float32"}}, "layers is empty"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused_and_the_range_is_named(
+    change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        CacheSpec.from_dict({**FULL, **change})
+
+
+def test_the_largest_numbers_are_those_that_a_reader_takes() -> None:
+    assert bounds.MAX_TOP_K * np.dtype(np.float32).itemsize == MAX_CHUNK_BYTES
+    arrays = 1 + max(len(encoding.siblings) for encoding in ENCODINGS.values())
+    layer = [f"{number}/{file}" for number in range(arrays) for file in ("zarr.json", "c")]
+    bounds.check_files([f"attention_{n}-{f}" for n in range(bounds.MAX_LAYERS) for f in layer])
+    bounds.check_samples(["a"], [bounds.MAX_TOKENS], [-1])

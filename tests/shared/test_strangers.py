@@ -16,6 +16,7 @@ from shared import bounds, sealed
 from shared.cache import open_cache
 from shared.errors import ProjectError
 from shared.record import ShardRecord
+from shared.spec import CacheSpec
 from tests.malicious import CASES, QUIET_CASES, Forge, forge, outside_of
 from tests.support import REFERENCE, invoke
 
@@ -106,6 +107,13 @@ def test_the_schema_of_records_has_the_fields_and_the_bounds_of_the_code() -> No
     assert properties["keys"]["maxItems"] == bounds.MAX_SAMPLES
     assert properties["keys"]["items"]["maxLength"] == bounds.MAX_TEXT
     assert properties["probe"]["maxItems"] == bounds.MAX_PROBE
+    spec = properties["identity"]["properties"]["spec"]["properties"]
+    assert set(spec) == {field.name for field in fields(CacheSpec)}
+    assert spec["max_tokens"]["maximum"] == bounds.MAX_TOKENS
+    forms = found["$defs"]
+    assert forms["logprobs"]["properties"]["top_k"]["maximum"] == bounds.MAX_TOP_K
+    layers = forms["attention"]["properties"]["layers"]
+    assert layers["items"]["maximum"] == bounds.MAX_LAYERS - 1
     assert str(sealed.MAX_BYTES) in found["description"]
     for section in bounds.IDENTITY:
         assert section in properties["identity"]["required"]
@@ -129,6 +137,7 @@ def check_form(value: Any, form: dict[str, Any], known: dict[str, Any]) -> None:
     if "type" in form:
         assert type(value) is types[form["type"]], (value, form)
     assert value == form.get("const", value)
+    assert value in form.get("enum", [value])
     if isinstance(value, dict):
         assert set(form.get("required", ())) <= set(value)
         for key, item in value.items():

@@ -86,8 +86,11 @@ def test_a_run_stands_for_its_export_and_its_adapters(full_cache: Cache, tmp_pat
 
 
 def test_another_template_is_refused(full_cache: Cache, tars: list[Path]) -> None:
-    with pytest.raises(MismatchError, match="template"):
+    with pytest.raises(MismatchError, match="template") as error:
         measure(full_cache, full_cache, tars, recipe(**RECIPE, template="plain"))
+
+    assert "name the folder of a run as --student" in str(error.value)
+    assert "--accept-mismatch" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,10 @@ class LiveTeacher:
             top_ids=np.concatenate(pieces("top_ids")),
             top_logprobs=joined(pieces("top_logprobs")),
             rest_logprobs=joined(pieces("rest_logprobs")).get(""),
+            image_sha256=[
+                bytes.fromhex(digest) if (digest := shard.samples[0].image_digest) else None
+                for shard in shards
+            ],
         )
 
     def _run(self, index: TarIndex) -> ShardFeatures:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from shared.cache import Cache, open_cache
+from shared.errors import DamagedError, MismatchError, ProjectError
 from shared.images import ImageProcessor, pixels_digest
 from shared.record import ProbeSample
 from shared.tokenizer import load_tokenizer
 from student_train.probe import check_probe
+from tests.malicious import MISSHAPEN_PROBES, PROBE_CASES, forge
 from tests.student_train.support import STUDENT, recipe, train
 from tests.support import CLIP, edit_record, error_line
 
@@ -83,8 +85,6 @@ class OneOff:
 
 
 def test_another_id_is_refused_with_its_place(full_cache: Cache) -> None:
-    from shared.errors import MismatchError
-
     with pytest.raises(MismatchError, match=r"probe\.s000\.ids: '\d+, \d+ at \d+' there, '\d+, "):
         check_probe(
             full_cache, recipe(), OneOff(), ImageProcessor(CLIP, "pad"), accept=(), accepted={}
@@ -98,6 +98,20 @@ def test_what_was_accepted_is_not_asked_again(full_cache: Cache) -> None:
     )  # fmt: skip
 
     assert found == {}
+
+
+@pytest.mark.parametrize("case", PROBE_CASES)
+def test_a_forged_probe_is_refused_in_one_line(cache_path: Path, tmp_path: Path, case: str) -> None:
+    made = forge(cache_path, tmp_path, case)
+
+    with pytest.raises(ProjectError) as error:
+        check_probe(
+            open_cache(made.root), recipe(), load_tokenizer(STUDENT), ImageProcessor(CLIP, "pad"),
+            accept=(), accepted={},
+        )  # fmt: skip
+
+    assert isinstance(error.value, DamagedError) == (case in MISSHAPEN_PROBES)
+    assert str(error.value).isprintable()
 
 
 def test_at_most_eight_shards_are_probed(

@@ -1,0 +1,129 @@
+"""An image that was replaced by another of equal size is refused before the student sees it."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.cache import open_cache
+from shared.errors import MismatchError
+from shared.samples import index_tar, read_image
+from tests.student_train.support import recipe, train, training_set
+from tests.support import edit_record, error_line, png, record
+
+BROKEN = b"no image"
+
+
+@pytest.fixture
+def copies(tars: list[Path], tmp_path: Path) -> list[Path]:
+    """Tars to be changed."""
+    return [Path(shutil.copy(tar, tmp_path / tar.name)) for tar in tars]
+
+
+def replace_image(tar: Path, key: str, image: bytes) -> tuple[str, str]:
+    """Put another image in the place of a sample's; sha256 of the old and the new."""
+    index = index_tar(tar)
+    (entry,) = (entry for entry in index.samples if entry.key == key)
+    old = read_image(tar, entry)
+    assert entry.image is not None
+    assert old is not None
+    new = image.ljust(entry.image.size, b"\0")
+    content = bytearray(tar.read_bytes())
+    content[entry.image.offset : entry.image.offset + entry.image.size] = new
+    tar.write_bytes(content)
+    assert index_tar(tar).sha256 == index.sha256
+    return hashlib.sha256(old).hexdigest(), hashlib.sha256(new).hexdigest()
+
+
+def without_digests(cache: Path, folder: Path, *shards: str) -> Path:
+    """The cache as an earlier writer would have made these shards."""
+
+    def drop(values: dict[str, Any]) -> None:
+        files = values["files"].items()
+        values["files"] = {name: file for name, file in files if "image_sha256/" not in name}
+
+    root = folder / "cache"
+    shutil.copytree(cache, root)
+    for shard in shards:
+        shutil.rmtree(root / record(cache, shard).data / "image_sha256")
+        edit_record(root, shard, drop)
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("image", [png(99, (5, 5)), BROKEN], ids=["another", "broken"])
+def test_a_run_ends_with_the_sample_its_tar_and_both_digests(
+    workers: int, image: bytes, copies: list[Path], full_path: Path, tmp_path: Path
+) -> None:
+    old, new = replace_image(copies[1], "s018", image)
+
+    line = error_line(
+        train(tmp_path / "run", copies, full_path, workers=workers, global_batch=24, micro_batch=4)
+    )
+
+    assert (
+        f"sample 's018': its image in {copies[1]} has sha256 {new}, the one that the cache was "
+        f"built from {old}; train on the tars"
+    ) in line
+
+
+def test_of_two_samples_that_share_an_image_the_one_that_was_changed_is_named(
+    copies: list[Path], full_path: Path
+) -> None:
+    cache = open_cache(full_path)
+    rows = dict(zip(cache.keys(), record(full_path, "mixed-0").images, strict=False))
+    assert rows["s000"] == rows["s006"] >= 0
+    replace_image(copies[0], "s006", png(99, (5, 5)))
+    samples = training_set(copies, recipe(), cache)
+
+    assert len(samples[[0, 12]].pixels) == 2
+    with pytest.raises(MismatchError, match="sample 's006'"):
+        samples[[0, 6]]
+
+
+def test_a_cache_without_digests_is_trained_on_as_before(
+    tars: list[Path], full_path: Path, tmp_path: Path
+) -> None:
+    old = without_digests(full_path, tmp_path, "mixed-0", "mixed-1")
+
+    assert train(tmp_path / "run", tars, old, "--set", "max_steps=1").exit_code == 0
+
+
+def test_only_shards_with_digests_are_compared(
+    copies: list[Path], full_path: Path, tmp_path: Path
+) -> None:
+    cache = open_cache(without_digests(full_path, tmp_path, "mixed-0"))
+    for tar, key in zip(copies, ("s006", "s018"), strict=True):
+        replace_image(tar, key, png(99, (5, 5)))
+    samples = training_set(copies, recipe(), cache)
+
+    assert len(samples[[6, 15, 17]].pixels) == 2
+    with pytest.raises(MismatchError, match="sample 's018'"):
+        samples[[6, 18]]
+
+
+def test_a_broken_image_without_a_digest_is_left_out_with_its_targets(
+    copies: list[Path], full_path: Path, tmp_path: Path
+) -> None:
+    cache = open_cache(without_digests(full_path, tmp_path, "mixed-0"))
+    replace_image(copies[0], "s006", BROKEN)
+    batch = training_set(copies, recipe(), cache)[[0, 6, 15]]
+
+    assert [sample.key for sample in batch.skipped] == ["s006"]
+    assert batch.targets is not None
+    assert len(batch.targets.vision_tokens[""]) == len(batch.pixels) == 2
+
+
+def test_images_of_a_tar_that_was_accepted_by_name_are_not_compared(
+    copies: list[Path], full_path: Path, tmp_path: Path
+) -> None:
+    replace_image(copies[0], "s006", png(99, (5, 5)))
+    with copies[0].open("ab") as tar:
+        tar.write(bytes(10240))
+    options = ("--accept-mismatch", "tar", "--set", "max_steps=1")
+
+    done = train(tmp_path / "run", copies, full_path, *options, global_batch=24, micro_batch=4)
+
+    assert done.exit_code == 0, done.output

@@ -46,11 +46,12 @@ ENCODINGS = {
 def main(jobs: int, resume: bool) -> None:
     """Train twenty students; print Markdown tables."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    # Tars are packed anew each time, to the same bytes: a run may have been killed while packing.
-    shutil.rmtree(OUT / "data" if resume else OUT, ignore_errors=True)
-    train_tars = prepare_split(OUT / "data", "train", TRAIN_QUESTIONS)
-    test_tars = prepare_split(OUT / "data", "test", TEST_QUESTIONS)
-    models = {seed: write_student(OUT, seed) for seed in SEEDS}
+    # What the runs start from is made anew each time, to the same bytes.
+    start = OUT / "start"
+    shutil.rmtree(start if resume else OUT, ignore_errors=True)
+    train_tars = prepare_split(start, "train", TRAIN_QUESTIONS)
+    test_tars = prepare_split(start, "test", TEST_QUESTIONS)
+    models = {seed: write_student(start, seed) for seed in SEEDS}
 
     def one(name: str, cache: Path | None, seed: int) -> StudentResult:
         out = OUT / f"{name}-{seed}"

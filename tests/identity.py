@@ -257,6 +257,15 @@ def tar_of_equal_size(world: World) -> World:
     )
 
 
+def image_of_equal_size(world: World) -> World:
+    """Members of the same names, places and sizes: their index is equal."""
+    folder = world.folder / "changed"
+    tar = write_tar(folder / "t-0.tar", image_sample("image-0", seed=7), text_sample("x-0"))
+    return dataclasses.replace(
+        world, tars=(tar, world.tars[1]), more=_renamed(tar, folder / "v.tar")
+    )
+
+
 def tar_of_other_size(world: World) -> World:
     large = sample("image-0", image=encoded(picture(size=(90, 90)), "PNG", compress_level=0))
     tar = write_tar(world.folder / "changed" / "t-0.tar", large, text_sample("x-0"))
@@ -369,6 +378,9 @@ CASES = [
          merge="numerics.dtype: "),
     Case(name="tar, other members, same size", change=tar_of_equal_size,
          build="sha256: '", train="tar.t-0.tar.index_sha256: '",
+         merge="stands in shard t-0 and in v"),
+    Case(name="tar, an image of equal size", change=image_of_equal_size,
+         build="sha256: '", train="sample 'image-0': its image in ",
          merge="stands in shard t-0 and in v"),
     Case(name="tar, other size", change=tar_of_other_size, build="size: ", train="size: ",
          merge="stands in shard t-0 and in v"),

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from shared import bounds
+from shared.array_layout import MAX_CHUNK_BYTES
 from shared.encodings import ENCODINGS
 from shared.errors import ConfigError
-from shared.reader import MAX_CHUNK_BYTES
 from shared.spec import CacheSpec, canonical_digest
 from tests.support import FULL
 

@@ -22,7 +22,7 @@ _ARRAYS = {
     "input_ids": 1, "labels": 1, "token_offsets": 1, "query_offsets": 1, "response_offsets": 1,
     "attention_0": 3, "attention_0__scale": 2, "vision_tokens": 3, "vision_tokens__scale": 2,
     "vision_tokens__low": 2, "top_ids": 2, "top_logprobs": 2, "top_logprobs__scale": 1,
-    "rest_logprobs": 1,
+    "rest_logprobs": 1, "image_sha256": 2,
 }  # fmt: skip
 _CHILD = """
 import json, pathlib, sys, time

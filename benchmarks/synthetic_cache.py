@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.signals import CHANNELS, HEADS, ROWS, VOCABULARY, Signals
+from shared.cache import IMAGE_SHA256
 from shared.encodings import ENCODINGS, id_dtype
 from shared.record import FORMAT, TarFacts
 from shared.spec import CacheSpec
@@ -56,6 +57,8 @@ def _write(writer: ShardWriter, spec: CacheSpec, samples: Sequence[Signals]) -> 
     writer.put("input_ids", ids, ("token",))
     writer.put("labels", np.where(ids > 135, ids, -100).astype(np.int32), ("token",))
     _put_offsets(writer, "token_offsets", len(SEQUENCE), len(samples))
+    digests = np.random.default_rng(0).integers(0, 256, (len(samples), 32), dtype=np.uint8)
+    writer.put(IMAGE_SHA256, digests, ("image", "byte"))
     if spec.attention is not None:
         axes = ("query", "head", "vision")
         _put(writer, "attention_0", axes, spec.attention.encoding, [s.attention for s in samples])

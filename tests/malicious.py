@@ -411,9 +411,6 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "record: a probe of one sample twice": lambda f: f.edit(
         lambda v: v["probe"].append(v["probe"][0])
     ),
-    "record: a probe of 100,000 samples": _field(
-        probe=[{"key": f"{n}", "pixels_sha256": None} for n in range(100_000)]
-    ),
     "record: a probe with an image, of a sample without": lambda f: f.edit(
         lambda v: v.update(images=[-1] * len(v["images"]))
     ),
@@ -539,6 +536,9 @@ DECODE_CASES: dict[str, Callable[[Forge], None]] = {
 SLOW_CASES: dict[str, Callable[[Forge], None]] = {
     "record: 16 MiB of two-letter texts": _texts("ab"),
     "record: 16 MiB of one letter, read with 4 bytes each": _texts("ā", "\U0001f600"),
+    "record: a probe of 100,000 samples": _field(
+        probe=[{"key": f"{n}", "pixels_sha256": None} for n in range(100_000)]
+    ),
 }
 "More of the same that take seconds; not in the test suite."
 

@@ -63,15 +63,10 @@ class StoredArray:
         index = read_file(path, np.empty(length, dtype=np.uint8))
         _check(index, f"{layout.file}: the index")
         table = np.frombuffer(index[:-_CHECKSUM], dtype="<u8").reshape(-1, 2)
-        begins, sizes = table[:, 0], table[:, 1]
-        if table.max() > size:
-            raise ValueError(f"{layout.file}: the index names bytes beyond the file's {size}")
-        edges = np.append(begins, np.uint64(size)).astype(np.int64)
-        # In order, without gaps, to the end of the file: no chunk can lie over another or outside.
-        if begins[0] != length or not (np.diff(edges) == sizes.astype(np.int64)).all():
-            raise ValueError(f"{layout.file}: the index does not name one chunk after another")
-        if not (sizes > _CHECKSUM).all():
-            raise ValueError(f"{layout.file}: the index names an empty chunk")
+        try:
+            edges = _checked_edges(table, length, size, layout.chunk_bytes)
+        except ValueError as error:
+            raise ValueError(f"{layout.file}: the index {error}") from error
         return cls(path=path, layout=layout, edges=edges)
 
     def read_into(self, start: int, stop: int, out: Array, *, wait: bool = True) -> bool:
@@ -150,6 +145,25 @@ class StoredArray:
             start, stop = max(low, before), min(high, before + size)
             content = _inflated(piece[:-_CHECKSUM], size, f"chunk {first + number}")
             wanted[start - low : stop - low] = content[start - before : stop - before]
+
+
+def _checked_edges(
+    table: npt.NDArray[np.uint64], length: int, size: int, chunk_bytes: int
+) -> npt.NDArray[np.int64]:
+    """Where chunks begin, and the file's end, from an index of (offset, size) pairs."""
+    begins, sizes = table[:, 0], table[:, 1]
+    if table.max() > size:
+        raise ValueError(f"names bytes beyond the file's {size}")
+    edges = np.append(begins, np.uint64(size)).astype(np.int64)
+    # In order, without gaps, to the end of the file: no chunk can lie over another or outside.
+    if begins[0] != length or not (np.diff(edges) == sizes.astype(np.int64)).all():
+        raise ValueError("does not name one chunk after another")
+    if not (sizes > _CHECKSUM).all():
+        raise ValueError("names an empty chunk")
+    most = chunk_bytes + chunk_bytes // 128 + 512  # as much memory is taken to read it
+    if (largest := sizes.max()) > most:
+        raise ValueError(f"names a chunk of {largest} bytes, at most {most} for {chunk_bytes}")
+    return edges
 
 
 def _scattered(

@@ -240,6 +240,15 @@ def _set(position: int, value: int) -> Callable[[Any], object]:
     return lambda table: table.__setitem__(position, value)
 
 
+def _huge_chunk(forge: Forge) -> None:
+    """A chunk of 1 GiB, nearly all of it a hole in the file."""
+    size = 2**30
+    forge.write(forge.chunks, index(20, size))
+    os.truncate(forge.chunks, 20 + size)
+    name = forge.chunks.relative_to(forge.data).as_posix()
+    forge.edit(lambda values: values["files"][name].update(size=20 + size))
+
+
 def _pickle(place: Callable[[Forge], Path]) -> Callable[[Forge], None]:
     def make(forge: Forge) -> None:
         path, content = place(forge), pickle.dumps(Bomb(forge.outside / "made"))
@@ -472,6 +481,7 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "index: a chunk over the index": _index(_set(0, 0)),
     "index: a chunk that is said to be missing": _index(lambda t: t.fill(2**64 - 1)),
     "index: sizes that overflow": _index(lambda t: t.fill(2**63 - 1)),
+    "index: a chunk of 1 GiB": _huge_chunk,
     "file of 3 bytes": lambda f: f.write(f.chunks, b"abc"),
     "file of no bytes": lambda f: f.write(f.chunks, b""),
     # Edges of the ragged arrays

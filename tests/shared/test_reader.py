@@ -300,6 +300,18 @@ def test_an_index_that_leads_elsewhere_is_refused(
         forged(shard(compress(bytes(288)), index=[entry]))
 
 
+def test_a_chunk_far_larger_than_its_content_is_refused_before_memory_is_taken(
+    forged: Callable[[bytes], StoredArray], tmp_path: Path
+) -> None:
+    index = shard(b"", index=[(20, 2**40)])[:20]
+    array = forged(shard(compress(bytes(288))))
+    array.path.write_bytes(index)
+    os.truncate(array.path, 20 + 2**40)
+
+    with pytest.raises(ValueError, match=r"a chunk of 1099511627776 bytes, at most 802 for 288"):
+        opened(tmp_path / "a")
+
+
 def test_two_chunks_in_one_place_are_refused(tmp_path: Path) -> None:
     values = np.zeros((300, 16, 16), dtype=np.float32)
     array = stored(tmp_path, values)

@@ -77,12 +77,13 @@ def _check_extent(identity: Mapping[str, Any]) -> None:
         seen += 1
         if depth > _MAX_DEPTH or seen > _MAX_LEAVES:
             raise ValueError(f"identity has over {_MAX_DEPTH} levels or over {_MAX_LEAVES} values")
-        if isinstance(value, dict):
+        if isinstance(value, str):  # most are
+            if len(value) > _MAX_STRING:
+                raise ValueError(f"identity holds a text of {len(value)} characters")
+        elif isinstance(value, dict):
             pending += [(depth + 1, item) for pair in value.items() for item in pair]
         elif isinstance(value, list):
             pending += [(depth + 1, item) for item in value]
-        elif isinstance(value, str) and len(value) > _MAX_STRING:
-            raise ValueError(f"identity holds a text of {len(value)} characters")
         elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= _INT64):
             raise ValueError(f"identity holds the number {shown(value)}")
 

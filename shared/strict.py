@@ -109,6 +109,8 @@ def convert(hint: Any, value: object, where: str) -> Any:
     """`value` as the type `hint`, or a ConfigError that names `where`."""
     if hint is Any or (type(value) is hint and hint in _PLAIN):
         return value
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
     origin, arguments = _parts(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -136,8 +138,6 @@ def convert(hint: Any, value: object, where: str) -> Any:
             )
             for key, item in value.items()
         }
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)  # type: ignore[arg-type]
     return _scalar(hint, value, where)
 
 

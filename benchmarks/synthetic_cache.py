@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.signals import CHANNELS, HEADS, ROWS, VOCABULARY, Signals
-from shared.cache import IMAGE_SHA256
 from shared.encodings import ENCODINGS, id_dtype
+from shared.expected import IMAGE_SHA256
 from shared.record import FORMAT, TarFacts
 from shared.spec import CacheSpec
 from shared.store import ShardWriter, new_shard

@@ -19,8 +19,8 @@ from torch import Tensor
 from cache_builder.arrays import Axes, ShardArray, ShardArrays
 from cache_builder.prepare import PixelBatch, PreparedSample, PreparedTar
 from cache_builder.teacher import Signals, Teacher
-from shared.cache import IMAGE_SHA256
 from shared.encodings import ENCODINGS, id_dtype
+from shared.expected import IMAGE_SHA256
 from shared.mobilevlm import NUM_VISION
 from shared.record import Skipped
 from shared.sequence import pad_sequences

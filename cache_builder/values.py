@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache import IMAGE_SHA256, CachedSample
+from shared.cache import CachedSample
+from shared.expected import IMAGE_SHA256
 from shared.reader import ShardReader
 from shared.spec import CacheSpec
 

@@ -32,11 +32,19 @@ _PART = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"{_PART}(/{_PART}){{0,7}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHOWN: dict[str, dict[str, type]] = {
-    "teacher": {"hidden_size": int, "attention_heads": int, "weights_sha256": str},
+    "teacher": {
+        "hidden_size": int,
+        "attention_heads": int,
+        "vision_tokens": int,
+        "vocab_size": int,
+        "weights_sha256": str,
+    },
     "tokenizer": {"vocab_size": int, "vocab_sha256": str},
     "numerics": {"dtype": str},
 }
-"What the tools and train-student look up in an identity besides its spec."
+"What readers, tools and train-student look up in an identity besides its spec."
+_MAX_COUNT = 2**31 - 1
+"Of a number among them."
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:
@@ -66,6 +74,8 @@ def check_identity(identity: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"identity: {section}.{field} is {shown(value)}, expected {kind.__name__}"
                 )
+            if isinstance(value, int):
+                check_range(f"identity: {section}.{field}", value, 1, _MAX_COUNT)
 
 
 def _check_extent(identity: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from shared.batch_reads import BatchBuffers, BatchReads, Rows
 from shared.encodings import ENCODINGS, Array, decode
 from shared.errors import CacheError
+from shared.expected import IMAGE_SHA256, expected_arrays
 from shared.index import IndexCollector, SampleIndex
 from shared.prompt import IMAGE_TOKEN
 from shared.reader import ShardReader
@@ -36,8 +37,6 @@ from shared.spec import CacheSpec
 Signal = Literal["attention", "vision_tokens", "logprobs"]
 SIGNALS: tuple[Signal, ...] = ("attention", "vision_tokens", "logprobs")
 
-IMAGE_SHA256 = "image_sha256"
-"Array of the digests of a shard's distinct images; caches that were written without it are read."
 _OPEN_SHARDS = 2048
 """Shards whose indexes are kept; each takes about 60 kB at a 7B teacher's shapes, and 32 bytes an
 image."""
@@ -101,6 +100,8 @@ class _Place:
     reader: ShardReader
     row: int
     image: int
+    length: int
+    "Tokens of its sequence, as the record says: no axis has more rows of it."
 
     @property
     def image_row(self) -> Rows:
@@ -110,7 +111,12 @@ class _Place:
     def rows(self, offsets: str) -> Rows:
         """The sample's rows on a flat axis."""
         self.reader.check_rows(offsets, self.row, self.row + 2)
-        return Rows(self.reader, *self.reader.whole(offsets)[self.row : self.row + 2].tolist())
+        start, stop = self.reader.whole(offsets)[self.row : self.row + 2].tolist()
+        if stop - start > self.length:
+            raise self.reader.damaged(
+                f"{offsets}: {stop - start} rows of a sample that has {self.length} tokens"
+            )
+        return Rows(self.reader, start, stop)
 
 
 class Cache:
@@ -128,6 +134,7 @@ class Cache:
         self.spec: CacheSpec = spec_of(first)
         "What is stored."
         self._index = index
+        self._expected = expected_arrays(self.spec, self.identity["teacher"])
         self._reader = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
@@ -193,7 +200,7 @@ class Cache:
         responses = [place.rows("response_offsets") for place in places if logprobs]
         # A shard without any response may be without the arrays of responses.
         responses = [r for r in responses if r.start != r.stop or r.reader.has("top_ids")]
-        has_rest = bool(responses) and responses[0].reader.has("rest_logprobs")
+        has_rest = bool(responses) and self._has_rest
         batch = EncodedBatch(
             input_ids=reads.one_by_one("input_ids", tokens),
             labels=reads.one_by_one("labels", tokens),
@@ -211,16 +218,23 @@ class Cache:
         reads.run()
         return batch
 
+    @property
+    def _has_rest(self) -> bool:
+        """Whether the likeliest tokens are not all: not asked of the shards, which might lie."""
+        vocabulary: int = self.identity["teacher"]["vocab_size"]
+        return self.spec.logprobs is not None and self.spec.logprobs.top_k < vocabulary
+
     def _place(self, key: str) -> _Place:
         found = self._index.find(key)
         if found is None:
             raise KeyError(f"{self.root}: no sample {key!r}")
         number, shard, row = found
         reader = self._reader(self._index.shards[shard])
-        return _Place(reader=reader, row=row, image=int(self._index.images[number]))
+        image, length = int(self._index.images[number]), int(self._index.lengths[number])
+        return _Place(reader=reader, row=row, image=image, length=length)
 
     def _open(self, shard: str) -> ShardReader:
-        return ShardReader(root=self.root, record=self.records[shard])
+        return ShardReader(root=self.root, record=self.records[shard], expected=self._expected)
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -264,10 +278,6 @@ def _image_sha256(place: _Place) -> bytes | None:
     reader = place.reader
     if place.image < 0 or not reader.has(IMAGE_SHA256):
         return None
-    layout = reader.layout(IMAGE_SHA256)
-    if layout.dtype != np.uint8 or layout.shape[1:] != (32,):
-        found = f"{layout.dtype} {list(layout.shape)}"
-        raise reader.damaged(f"{IMAGE_SHA256} is {found}, expected uint8 [images, 32]")
     reader.check_rows(IMAGE_SHA256, place.image, place.image + 1)
     return bytes(reader.whole(IMAGE_SHA256)[place.image])
 

@@ -80,6 +80,18 @@ class Encoding:
             case _:
                 return tuple(axes[:-1])
 
+    def stored(self, suffix: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+        """Type and shape of one stored array, from the shape of the values."""
+        match suffix, self.family:
+            case "", "float":
+                return f"float{self.bits}", tuple(shape)
+            case "", _:
+                return "uint8", (*shape[:-1], shape[-1] * self.bits // 8)
+            case _, "channel":
+                return ("float32" if suffix == "__low" else "uint16"), (*shape[:-2], shape[-1])
+            case _:
+                return "uint16", tuple(shape[:-1])
+
     def size(self, shape: Sequence[int]) -> float:
         """Bytes for values of this shape, siblings included, before lossless compression."""
         codes = math.prod(shape) * self.bits / 8

@@ -5,6 +5,7 @@ per chunk.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from shared.array_layout import ArrayLayout
 from shared.errors import DamagedError
+from shared.expected import Expected
 from shared.inside import Entry, walk_inside
 from shared.record import ShardRecord
 from shared.stored_array import StoredArray, read_file
@@ -32,6 +34,8 @@ class ShardReader:
     "The cache."
     record: ShardRecord
     "The shard; its samples are not asked for."
+    expected: Mapping[str, Expected] = field(default_factory=dict)
+    "What arrays have to be; others may be anything."
     _arrays: dict[str, StoredArray] = field(default_factory=dict)
     _small: dict[str, Array] = field(default_factory=dict)
 
@@ -116,6 +120,8 @@ class ShardReader:
         try:
             if metadata.size > _MAX_METADATA:
                 raise ValueError(f"zarr.json of {metadata.size} bytes")  # noqa: TRY301
+            if sum(sizes) >= 2**63:
+                raise ValueError(f"c of {sum(sizes)} bytes")  # noqa: TRY301
             into = np.empty(metadata.size, dtype=np.uint8)
             text = read_file(self._folder / name / "zarr.json", into).tobytes()
             # No chunk's checksum covers this one: another shape or type would read as other values.
@@ -124,9 +130,12 @@ class ShardReader:
                 raise ValueError(  # noqa: TRY301
                     f"zarr.json has sha256 {found[:12]}, but its record says {metadata.sha256[:12]}"
                 )
-            return StoredArray.open(self._folder / name, text, sum(sizes))
+            array = StoredArray.open(self._folder / name, text, sum(sizes))
         except (ValueError, RecursionError, OSError) as error:
             raise self.damaged(f"{name}/{_reason(error)}") from error
+        if name in self.expected and (differs := self.expected[name].refuse(array.layout)):
+            raise self.damaged(f"{name} {differs}")
+        return array
 
     def damaged(self, what: str) -> DamagedError:
         """The error that says so of this shard, and what to do."""

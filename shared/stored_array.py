@@ -25,6 +25,8 @@ _BLOCK, _BLOCK_HEADER = 2**17, 3
 "Bytes of a zstd block's content, at most, and of what stands before it."
 _SHORTEST_HEADER, _LONGEST_HEADER = 6, 18
 "Of a zstd frame that says its content's size."
+_SMALLEST_RAW = 4096
+"Content of a chunk that is worth scattering."
 _MAX_PIECES = 1024
 "Linux's IOV_MAX."
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -74,7 +76,8 @@ class StoredArray:
 
         Args:
             wait: for the disk. Otherwise rows that are not in memory yet are asked for, and False
-                is returned: they can be read later, and others meanwhile.
+                is returned: they can be read later, and others meanwhile. `out` holds anything
+                then, as after an error.
 
         Raises:
             ValueError: a chunk is not what was written.
@@ -112,6 +115,8 @@ class StoredArray:
         whether that is so; its framing, read along, must confirm it.
         """
         size = self.layout.chunk_bytes
+        if size < _SMALLEST_RAW:  # a stranger's chunks of a byte would take 700 each to read
+            return False
         around = _BLOCK_HEADER * -(-size // _BLOCK) + _CHECKSUM
         headers = [end - begin - size - around for begin, end in pairwise(edges)]
         if min(headers) < _SHORTEST_HEADER or max(headers) > _LONGEST_HEADER:
@@ -214,7 +219,8 @@ def _is_raw(framing: bytes, header: int, size: int) -> bool:
         says = zstandard.frame_header_size(framing), zstandard.frame_content_size(framing)
     except zstandard.ZstdError:
         return False
-    return says == (header, size) and framing[header:] == blocks
+    plain = not framing[4] & 0b1111  # no dictionary, no checksum of its own
+    return plain and says == (header, size) and framing[header:] == blocks
 
 
 def _inflated(frame: Bytes, size: int, what: str) -> Bytes:

@@ -90,9 +90,8 @@ class Forge:
         change(values)
         self.write(path, json.dumps(values).encode())
 
-    def write_array(self, array: str, values: Any) -> None:
-        """Another whole array."""
-        old = json.loads((self.data / array / "zarr.json").read_bytes())
+    def drop_array(self, array: str) -> None:
+        """One array less."""
         shutil.rmtree(self.data / array)
         self.edit(
             lambda record: [
@@ -101,8 +100,14 @@ class Forge:
                 if name.startswith(f"{array}/")
             ]
         )
+
+    def write_array(self, array: str, values: Any) -> None:
+        """Another whole array."""
+        old = json.loads((self.data / array / "zarr.json").read_bytes())
+        self.drop_array(array)
         group = zarr.open_group(str(self.data), mode="a")
-        put_array(group, array, values, tuple(old["dimension_names"]))
+        names = [*old["dimension_names"], "more", "and_more"][: values.ndim]
+        put_array(group, array, values, tuple(names))
         for path in (self.data / array).rglob("*"):
             if path.is_file():
                 self.write(path, path.read_bytes())
@@ -230,6 +235,21 @@ def _chunk_shape(*sizes: int) -> Callable[[Forge], None]:
 
 def _offsets(name: str, *edges: int) -> Callable[[Forge], None]:
     return lambda forge: forge.write_array(name, np.array(edges, dtype=np.int64))
+
+
+def _larger_vocabulary(forge: Forge) -> None:
+    """The likeliest tokens that are stored are not all any more: the rest's mass must be there."""
+    for path in forge.root.glob("records/*.json"):
+        edit_record(forge.root, path.stem, _one_token_more)
+
+
+def _one_token_more(record: dict[str, Any]) -> None:
+    identity = record["identity"]
+    identity["teacher"]["vocab_size"] = identity["spec"]["logprobs"]["top_k"] + 1
+
+
+def _zeros(name: str, dtype: str, *shape: int) -> Callable[[Forge], None]:
+    return lambda forge: forge.write_array(name, np.zeros(shape, dtype=dtype))
 
 
 def _index(change: Callable[[Any], object]) -> Callable[[Forge], None]:
@@ -490,6 +510,22 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "edges that go back": _offsets("query_offsets", 0, 9, 3),
     "edges that are too few": _offsets("response_offsets", 0),
     "edges of 2^63 - 1": _offsets("response_offsets", 0, 2**63 - 1, 2**63 - 1),
+    # Arrays of another kind
+    "edges as floats": _zeros("token_offsets", "float32", 4),
+    "edges of two axes": _zeros("query_offsets", "int64", 4, 2),
+    "edges: more than a shard has samples": _zeros("token_offsets", "int64", 100_002),
+    "ids as floats of two axes": _zeros("input_ids", "float32", 200, 2),
+    "labels of one byte": _zeros("labels", "uint8", 200),
+    "vision tokens of another width": _zeros("vision_tokens", "float32", 2, 144, 5),
+    "attention of one axis": _zeros(ARRAY, "float32", 50),
+    "top ids of one axis": _zeros("top_ids", "uint16", 50),
+    "no rest of the log-probabilities": _larger_vocabulary,
+    "rows beyond the record's lengths": lambda f: f.edit(
+        lambda v: v.update(lengths=[1] * len(v["keys"]))
+    ),
+    "identity: a vocabulary of 2^62": lambda f: f.edit(
+        lambda v: v["identity"]["teacher"].update(vocab_size=2**62)
+    ),
     # Pickles
     "pickle in place of a record": _pickle(lambda f: f.record),
     "pickle in place of an array's file": _pickle(lambda f: f.chunks),

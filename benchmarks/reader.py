@@ -1,7 +1,7 @@
 """Reading shuffled batches at 7B shapes, beside other ways to keep the same: `make bench-reader`.
 
-The content is what the spec `default` stores of real signals (benchmarks/signals.py). Every way
-fills the same preallocated batch buffers, in the same shuffled order, in one process and thread,
+The content is what the spec `default` stores of real signals (benchmarks/signals.py). Every peer
+fills batch buffers that were made once, in the same shuffled order, in one process and thread,
 page cache warm; times are the best of several interleaved rounds. With `--cold` the files' pages
 are dropped from the cache before each round (posix_fadvise), so that the disk is read.
 
@@ -130,7 +130,8 @@ class _Batches(torch.utils.data.Dataset[int]):
 
 def _loader_seconds(cache: Cache, order: npt.NDArray[np.int64], workers: int) -> float:
     """Several passes, so that starting the workers does not count; the first batch starts them."""
-    plan = [part.tolist() for part in np.split(np.tile(order, 8), 8 * len(order) // BATCH)]
+    many = np.tile(order, 8)
+    plan = [part.tolist() for part in np.split(many, range(BATCH, len(many), BATCH))]
     loader: Any = torch.utils.data.DataLoader(
         _Batches(cache), sampler=plan, batch_size=None, num_workers=workers, prefetch_factor=4
     )
@@ -143,7 +144,7 @@ def _loader_seconds(cache: Cache, order: npt.NDArray[np.int64], workers: int) ->
 
 
 def _seconds(way: Way, order: npt.NDArray[np.int64]) -> float:
-    batches = np.split(order, len(order) // BATCH)
+    batches = np.split(order, range(BATCH, len(order), BATCH))
     begun = time.perf_counter()
     for numbers in batches:
         way.read(numbers.tolist())
@@ -262,7 +263,7 @@ def _checked(folder: Path, cache: Cache) -> Way:
                 each = stored.layout.chunk_rows
                 first, last = number * rows // each, ((number + 1) * rows - 1) // each
                 begin, end = int(stored.edges[first]), int(stored.edges[last + 1])
-                os.preadv(descriptor, [buffer[: end - begin]], begin)
+                assert os.preadv(descriptor, [buffer[: end - begin]], begin) == end - begin
                 google_crc32c.value(buffer[: end - begin])
         return {}
 

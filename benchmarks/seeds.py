@@ -60,7 +60,9 @@ def main(jobs: int, resume: bool) -> None:
             return StudentResult(**json.loads(done.read_text()) | {"export": out / "export"})
         shutil.rmtree(out, ignore_errors=True)
         result = train(out, models[seed], train_tars, test_tars, cache, seed)
-        done.write_text(json.dumps(dataclasses.asdict(result), default=str))
+        partial = done.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(result), default=str))
+        partial.replace(done)
         return result
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -1,7 +1,8 @@
 """What a batch wants of the shards, all of it asked for before any of it is waited for.
 
 Rows that lie in the page cache are read at once. Of the others the kernel is told first, so that
-the disk fetches them side by side while the batch waits for one after another.
+the disk fetches them side by side while the batch waits for one after another. A file system that
+cannot say whether it would wait (tmpfs) just waits.
 """
 
 import math
@@ -17,7 +18,7 @@ Array = npt.NDArray[Any]
 
 
 class BatchBuffers:
-    """Memory that batches are read into again and again: no page of it is fresh.
+    """Memory that batches are read into again and again: its pages are fresh only once.
 
     A batch that was read into buffers holds until the next one is read into them.
     """

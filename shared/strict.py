@@ -50,7 +50,7 @@ def build(cls: type[T], values: object, where: str) -> T:
     Raises:
         ConfigError: unknown or missing key, wrong type, or a value that `__post_init__` refuses.
     """
-    # `type` first, here and below: a cache of a thousand records holds 30,000 of them.
+    # `type` first, here and below: the records of a thousand shards hold 30,000 mappings.
     if type(values) is not dict and not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping of keys, found {shown(values)}")
     hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable

@@ -46,7 +46,13 @@ def facts(dtype: str = "float32") -> dict[str, object]:
     tar = TarFacts(name="t.tar", size=1, sha256="0" * 64, index_sha256="1" * 64)
     identity = {
         "spec": {},
-        "teacher": {"hidden_size": 1, "attention_heads": 1, "weights_sha256": ""},
+        "teacher": {
+            "hidden_size": 1,
+            "attention_heads": 1,
+            "vision_tokens": 1,
+            "vocab_size": 1,
+            "weights_sha256": "",
+        },
         "tokenizer": {"vocab_size": 1, "vocab_sha256": ""},
         "image_processor": {},
         "numerics": {"dtype": dtype},

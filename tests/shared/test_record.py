@@ -155,7 +155,8 @@ def test_a_record_in_the_place_of_another_is_refused(
 @pytest.mark.parametrize(
     ("section", "field"),
     [
-        ("teacher", "hidden_size"), ("teacher", "attention_heads"), ("teacher", "weights_sha256"),
+        ("teacher", "hidden_size"), ("teacher", "attention_heads"), ("teacher", "vision_tokens"),
+        ("teacher", "vocab_size"), ("teacher", "weights_sha256"),
         ("tokenizer", "vocab_size"), ("tokenizer", "vocab_sha256"), ("numerics", "dtype"),
     ],
 )  # fmt: skip

@@ -31,7 +31,7 @@ class Expected(NamedTuple):
         """How a layout differs, or None."""
         found = f"{layout.dtype.name} {list(layout.shape)}"
         if layout.dtype.name != self.dtype or layout.shape[1:] != self.row:
-            return f"is {found}, expected {self.dtype} {['rows', *self.row]}"
+            return f"is {found}, expected {self.dtype} [{', '.join(map(str, ('rows', *self.row)))}]"
         if layout.shape[0] > self.most:
             return f"is {found}, expected at most {self.most} rows"
         return None

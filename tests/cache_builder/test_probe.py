@@ -165,7 +165,7 @@ def test_a_forged_probe_is_damage_in_one_line(coarse: Path, tmp_path: Path, case
     [
         (np.zeros((3, 32), np.uint8), f"sample 'a': image_sha256: {'0' * 64} stored, the probe's"),
         (np.zeros((4, 32), np.uint8), "4 digests of images, the record says 3 images"),
-        (np.zeros((3, 16), np.uint8), "image_sha256 is uint8 [3, 16], expected uint8 [images, 32]"),
+        (np.zeros((3, 16), np.uint8), "image_sha256 is uint8 [3, 16], expected uint8 [rows, 32]"),
         (np.zeros((3, 32), np.int32), "image_sha256 is int32 [3, 32], expected uint8"),
         (np.zeros((2, 32), np.uint8), "image_sha256 has 2 rows, not rows 2 to 3"),
     ],

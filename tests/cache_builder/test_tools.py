@@ -346,7 +346,7 @@ def test_decode_finds_what_digests_cannot(root: Path) -> None:
     found = problems(root, "--decode")
 
     assert {problem["place"] for problem in found} == {BAD}
-    assert "tokens, the record says 9" in found[0]["what"]
+    assert "rows of a sample that has 9 tokens" in found[0]["what"]
 
 
 # Repair

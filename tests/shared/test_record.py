@@ -288,9 +288,12 @@ def test_a_name_that_no_shard_can_have_is_refused(name: str) -> None:
         shard_name(Path(name))
 
 
-IDENTITIES = st.recursive(
-    st.integers(0, 3), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=6
-).filter(lambda value: isinstance(value, dict))
+def sections(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+
+
+NUMBERS = st.integers(0, 3)
+IDENTITIES = sections(NUMBERS | sections(NUMBERS | sections(NUMBERS)))
 
 
 @given(IDENTITIES, IDENTITIES)

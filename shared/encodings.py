@@ -94,14 +94,8 @@ class Encoding:
 
     def size(self, shape: Sequence[int]) -> float:
         """Bytes for values of this shape, siblings included, before lossless compression."""
-        codes = math.prod(shape) * self.bits / 8
-        match self.family:
-            case "float":
-                return codes
-            case "channel":
-                return codes + 6 * math.prod(shape[:-2]) * shape[-1]
-            case _:
-                return codes + 2 * math.prod(shape[:-1])
+        arrays = [self.stored(suffix, shape) for suffix in ("", *self.siblings)]
+        return float(sum(math.prod(row) * np.dtype(dtype).itemsize for dtype, row in arrays))
 
 
 ENCODINGS: dict[str, Encoding] = {

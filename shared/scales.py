@@ -63,16 +63,18 @@ def fit_channels(
     Codes for given scale and low, then least squares for given codes, and again; the best of all.
     """
     step, lowest, highest = scale, low, values.amax(dim=-2)
-    best_scale, best_low, least = scale, low, torch.full_like(scale, torch.inf)
-    for _ in range(ALTERNATIONS + 1):
-        error, *fitted = _alternate(values, scale, low, step, levels)
+    codes, errors = _coded(values, scale, low, step, levels)
+    best_scale, best_low, least = scale, low, fixed_sum(errors.square(), dim=-2)
+    for _ in range(ALTERNATIONS):
+        scale, low = _least_squares(codes, errors, scale, low, step)
+        codes, errors = _coded(values, scale, low, step, levels)
+        error = fixed_sum(errors.square(), dim=-2)
         better = error < least  # false for NaN, which a constant channel gives
         better &= (low - lowest <= step) & (highest - (low + levels * scale) <= step)
         better &= (scale > 0) & (scale <= 2 * step)  # a value between the ends is off by half
         least = torch.where(better, error, least)
         best_scale = torch.where(better, scale, best_scale)
         best_low = torch.where(better, low, best_low)
-        scale, low = fitted
     return best_scale, best_low
 
 
@@ -97,16 +99,14 @@ def _root_error(
     return fixed_sum(decoded.mul_(decoded), dim=-1)
 
 
-def _alternate(
+def _coded(
     values: Tensor, scale: Tensor, low: Tensor, step: Tensor, levels: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of squared errors per channel, and the scale and low that are best for the same codes."""
+) -> tuple[Tensor, Tensor]:
+    """Codes, and how far each value is above what its code decodes to."""
     codes = nearest_codes(values - low[..., None, :], scale[..., None, :], levels)
     decoded = (codes * scale[..., None, :]).add_(low[..., None, :])
     # In steps of the range scale, so that no square overflows or underflows.
-    errors = decoded.sub_(values).div_(-step[..., None, :])
-    squares = fixed_sum(errors.square(), dim=-2)
-    return squares, *_least_squares(codes, errors, scale, low, step)
+    return codes, decoded.sub_(values).div_(-step[..., None, :])
 
 
 def _least_squares(

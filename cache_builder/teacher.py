@@ -120,11 +120,13 @@ class Teacher:
         Args:
             vision: vision tokens of the samples that have an image, in batch order.
         """
-        num_rows = int(batch.num_text_rows.max())  # before the batch moves: no wait for the device
+        # Before the batch moves: no wait for the device.
+        num_rows = int(batch.num_text_rows.max())
+        first_row = batch.first_text_row
         batch = batch.to(self._device)
         attention: dict[int, Tensor] = {}
         last = None
-        for hidden, layer, caught in self._decode(batch, vision.to(self._device)):
+        for hidden, layer, caught in self._decode(batch, vision.to(self._device), first_row):
             last = hidden
             if caught is not None and num_rows:
                 attention[layer] = _image_attention(caught, batch, num_rows)
@@ -138,7 +140,7 @@ class Teacher:
         )
 
     def _decode(
-        self, batch: SequenceBatch, vision: Tensor
+        self, batch: SequenceBatch, vision: Tensor, first_row: int
     ) -> Iterator[tuple[Tensor, int, QueryKey | None]]:
         """(output, layer number, its queries and keys if wanted), no deeper than needed."""
         wanted = self._spec.attention_layers
@@ -154,8 +156,9 @@ class Teacher:
                 normed = layer.input_layernorm(hidden)
                 attention = layer.self_attn
                 caught = QueryKey(
-                    query=attention.q_proj(normed), key=attention.k_proj(normed), cos=cos, sin=sin
-                )
+                    query=attention.q_proj(normed[:, first_row:]), first_query=first_row,
+                    key=attention.k_proj(normed), cos=cos, sin=sin,
+                )  # fmt: skip
             deepest = self._spec.logprobs is None and number == max(wanted)
             if not deepest:
                 hidden = layer(hidden, position_embeddings=(cos, sin), position_ids=position_ids)
@@ -244,8 +247,9 @@ def _image_attention(
 ) -> Float[Tensor, "Q H V"]:
     keep = batch.with_image
     chosen = QueryKey(
-        query=caught.query[keep], key=caught.key[keep], cos=caught.cos, sin=caught.sin
-    )
+        query=caught.query[keep], first_query=caught.first_query, key=caught.key[keep],
+        cos=caught.cos, sin=caught.sin,
+    )  # fmt: skip
     start, lengths = batch.vision_start[keep], batch.lengths[keep]
     weight_NHQV = text_to_vision(chosen, start, lengths, num_rows)
     real_NQ = torch.arange(num_rows, device=lengths.device) < batch.num_text_rows[keep][:, None]

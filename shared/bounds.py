@@ -106,9 +106,10 @@ def check_samples(keys: Sequence[str], lengths: Sequence[int], images: Sequence[
         raise ValueError(f"{len(keys)} samples, at most {MAX_SAMPLES}")
     if not keys:
         return
-    if len(set(keys)) != len(keys):
+    distinct = set(keys)
+    if len(distinct) != len(keys):
         raise ValueError("a key stands twice")
-    if max(map(len, keys)) > MAX_TEXT or not "".join(keys).isprintable() or "" in keys:
+    if max(map(len, keys)) > MAX_TEXT or not "".join(keys).isprintable() or "" in distinct:
         raise ValueError(f"a key is empty, over {MAX_TEXT} characters, or cannot be printed")
     if not 1 <= min(lengths) <= max(lengths) <= MAX_TOKENS:
         raise ValueError(f"lengths {min(lengths)} to {max(lengths)}, expected 1 to 2^31 - 1")

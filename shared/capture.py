@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 
 from shared.mobilevlm import NUM_VISION
 
@@ -24,14 +24,16 @@ from shared.mobilevlm import NUM_VISION
 class QueryKey:
     """Queries and keys of one layer before rotary positions, as its projections give them."""
 
-    query: Float[Tensor, "B T query_width"]
-    "All heads side by side."
+    query: Float[Tensor, "B P query_width"]
+    "All heads side by side, of the positions from `first_query` on."
     key: Float[Tensor, "B T key_width"]
     "All key heads side by side (fewer than query heads under grouped-query attention)."
     cos: Float[Tensor, "_ T D"]
     "Rotary cosines; the first axis is 1 or B."
     sin: Float[Tensor, "_ T D"]
     "Rotary sines."
+    first_query: int = 0
+    "Position of the first query; those before it are not needed and may be left out."
 
 
 def text_to_vision(
@@ -50,17 +52,22 @@ def text_to_vision(
         num_rows: Q, the most text rows of any sample; rows past a sample's end are zero.
     """
     head_dim = caught.cos.shape[-1]
-    query, key = _rotate(caught, head_dim)
-    row_BQ = vision_start[:, None] + NUM_VISION + torch.arange(num_rows, device=query.device)
+    row_BQ = vision_start[:, None] + NUM_VISION + torch.arange(num_rows, device=lengths.device)
     real_BQ = row_BQ < lengths[:, None]
-    row_BQ = row_BQ.clamp(max=query.shape[2] - 1)
-    query_BHQD = query.gather(2, row_BQ[:, None, :, None].expand(-1, query.shape[1], -1, head_dim))
-    key_BHTD = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    row_BQ = row_BQ.clamp(max=caught.key.shape[1] - 1)
+    place_BQX = (row_BQ - caught.first_query)[..., None].expand(-1, -1, caught.query.shape[2])
+    cos_BQD, sin_BQD = (
+        part.expand(len(row_BQ), -1, -1).take_along_dim(row_BQ[..., None], dim=1)
+        for part in (caught.cos, caught.sin)
+    )
+    query_BHQD = _rotated(caught.query.gather(1, place_BQX), cos_BQD, sin_BQD)
+    key_BHTD = _rotated(caught.key, caught.cos, caught.sin)
+    key_BHTD = key_BHTD.repeat_interleave(query_BHQD.shape[1] // key_BHTD.shape[1], dim=1)
     score_BHQT = (query_BHQD @ key_BHTD.transpose(2, 3)).float() * head_dim**-0.5
-    position = torch.arange(key.shape[2], device=key.device)
+    position = torch.arange(key_BHTD.shape[2], device=row_BQ.device)
     hidden_BQT = position[None, None, :] > row_BQ[:, :, None]
     weight_BHQT = score_BHQT.masked_fill(hidden_BQT[:, None], float("-inf")).softmax(dim=-1)
-    column_BV = vision_start[:, None] + torch.arange(NUM_VISION, device=key.device)
+    column_BV = vision_start[:, None] + torch.arange(NUM_VISION, device=row_BQ.device)
     weight_BHQV = weight_BHQT.gather(
         3, column_BV[:, None, None, :].expand(-1, weight_BHQT.shape[1], num_rows, -1)
     )
@@ -68,11 +75,13 @@ def text_to_vision(
     return rows_BHQV
 
 
-def _rotate(caught: QueryKey, head_dim: int) -> tuple[Tensor, Tensor]:
-    query = caught.query.reshape(*caught.query.shape[:2], -1, head_dim).transpose(1, 2)
-    key = caught.key.reshape(*caught.key.shape[:2], -1, head_dim).transpose(1, 2)
-    rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, caught.cos, caught.sin)
-    return rotated
+def _rotated(
+    projected: Float[Tensor, "B T X"], cos: Float[Tensor, "_ T D"], sin: Float[Tensor, "_ T D"]
+) -> Float[Tensor, "B H T D"]:
+    """Heads apart, and turned by their positions as `apply_rotary_pos_emb` of transformers does."""
+    heads_BTHD = projected.reshape(*projected.shape[:2], -1, cos.shape[-1])
+    turned: Tensor = heads_BTHD * cos[:, :, None] + rotate_half(heads_BTHD) * sin[:, :, None]
+    return turned.transpose(1, 2)
 
 
 @contextmanager
@@ -93,7 +102,10 @@ def catch_query_key(
         handles += _hook(attention, parts[layer])
     try:
         yield caught
-        caught.update({layer: QueryKey(**found) for layer, found in parts.items()})
+        for layer, part in parts.items():
+            caught[layer] = QueryKey(
+                query=part["query"], key=part["key"], cos=part["cos"], sin=part["sin"]
+            )
     finally:
         for handle in handles:
             handle.remove()

@@ -121,8 +121,8 @@ class IndexCollector:
         """Note a shard's samples."""
         self._shards.append(record.name)
         self._keys.append(_BETWEEN_KEYS.join(record.keys))
-        self._lengths.append(np.array(record.lengths, dtype=np.int32))
-        self._images.append(np.array(record.images, dtype=np.int32))
+        self._lengths.append(np.fromiter(record.lengths, np.int32, len(record.lengths)))
+        self._images.append(np.fromiter(record.images, np.int32, len(record.images)))
         self._hashes.append(_hashes_of(record.keys, len(record.keys)))
 
     def index(self) -> SampleIndex:

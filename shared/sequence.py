@@ -54,6 +54,12 @@ class SequenceBatch:
         """Text positions after the image, Q of each sample; 0 for text only."""
         return torch.where(self.with_image, self.lengths - self.vision_start - NUM_VISION, 0)
 
+    @property
+    def first_text_row(self) -> int:
+        """The first text position after an image, of all samples; 0 if there is no image."""
+        starts = self.vision_start[self.with_image]
+        return int(starts.min()) + NUM_VISION if len(starts) else 0
+
     def to(self, device: torch.device) -> "SequenceBatch":
         """The same batch on a device."""
         return SequenceBatch(

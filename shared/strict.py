@@ -126,7 +126,7 @@ def convert(hint: Any, value: object, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}: expected a list, found {shown(value)}")
-        if arguments[0] in (str, int) and {*map(type, value)} <= {arguments[0]}:
+        if arguments[0] in (str, int) and [*map(type, value)].count(arguments[0]) == len(value):
             return tuple(value)  # records hold a million keys
         return tuple(convert(arguments[0], item, where) for item in value)
     if origin is dict:

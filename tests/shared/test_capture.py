@@ -1,6 +1,7 @@
 """The rows that `shared.capture` computes are those of transformers' eager attention."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,6 +163,20 @@ def test_padding_and_other_samples_do_not_reach_a_samples_rows() -> None:
     torch.testing.assert_close(found, clean, rtol=0, atol=0)
     for row, (_, after) in enumerate(SHAPES):
         assert not found[row, :, after:].any()
+
+
+@pytest.mark.parametrize("first", [1 + VISION, 17])
+def test_queries_before_the_first_text_row_are_not_needed(first: int) -> None:
+    embeds, starts, lengths = batch(*SHAPES)
+    model = llama()
+    with catch_query_key(model.model.layers, [0]) as caught:
+        model(inputs_embeds=embeds)
+    whole = caught[0]
+    late = replace(whole, query=whole.query[:, first:], first_query=first)
+
+    found = text_to_vision(late, starts, lengths, 20)
+
+    assert torch.equal(found, text_to_vision(whole, starts, lengths, 20))
 
 
 def test_half_precision_inputs_give_float32_weights() -> None:

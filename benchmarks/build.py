@@ -185,7 +185,7 @@ def time_usual(inputs: Inputs, samples: int) -> float:
 @click.command()
 @click.option("--tars", default=3, show_default=True, help="Tars to build.")
 @click.option("--samples", default=64, show_default=True, help="Samples in each.")
-@click.option("--turns", default=5, show_default=True, help="Times that every way runs.")
+@click.option("--turns", default=4, show_default=True, help="Times that every way runs.")
 @click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True, help="Torch's.")
 @click.option("--short", is_flag=True, help="A tiny teacher, to see that this script runs.")
 def main(tars: int, samples: int, turns: int, threads: int, short: bool) -> None:

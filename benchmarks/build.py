@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.inputs import SMALL, TeacherSize, write_tars, write_teacher
 from cache_builder.build import Builder, build_cache, commit_shard
-from cache_builder.features import compute_features
+from cache_builder.features import ShardFeatures, compute_features
 from cache_builder.prepare import PixelBatch, PreparedTar, TarReader
 from cache_builder.setup import load_builder
 from cache_builder.teacher import Signals, Teacher
@@ -120,6 +120,14 @@ class Inputs:
             tar.pixels = iter(self.pixels[name])
             yield tar
 
+    def features(self, teacher: Teacher) -> Iterator[tuple[TarIndex, ShardFeatures]]:
+        """What `teacher` says of every tar, encoded."""
+        for tar in self.tars():
+            yield (
+                tar.index,
+                compute_features(tar, teacher, self.builder.spec, advance=lambda _: None),
+            )
+
     def new_cache(self) -> Path:
         """A folder that is not there yet; the last one goes."""
         shutil.rmtree(self.out / f"cache-{self.caches}", ignore_errors=True)
@@ -147,8 +155,8 @@ def time_build(inputs: Inputs) -> float:
 def time_teacher(inputs: Inputs) -> float:
     """The teacher alone, on ready inputs and in the build's batches."""
     timed = Timed(inputs.builder.teacher)
-    for tar in inputs.tars():
-        compute_features(tar, timed, inputs.builder.spec, advance=lambda _: None)
+    for _ in inputs.features(timed):
+        pass
     return timed.seconds
 
 
@@ -157,11 +165,8 @@ def time_write(inputs: Inputs) -> float:
     out = inputs.new_cache()
     inputs.recorded.rewind()
     start = time.perf_counter()
-    for tar in inputs.tars():
-        features = compute_features(
-            tar, inputs.recorded, inputs.builder.spec, advance=lambda _: None
-        )
-        commit_shard(inputs.builder, tar.index, features, out)
+    for index, features in inputs.features(inputs.recorded):
+        commit_shard(inputs.builder, index, features, out)
     return time.perf_counter() - start
 
 
@@ -227,8 +232,8 @@ def _ready(folder: Path, paths: list[Path]) -> Inputs:
         builder=builder, indexes=indexes, pixels=pixels, prepared=prepared,
         recorded=Recorded(builder.teacher), whole=whole, out=folder,
     )  # fmt: skip
-    for tar in inputs.tars():
-        compute_features(tar, inputs.recorded, spec, advance=lambda _: None)
+    for _ in inputs.features(inputs.recorded):
+        pass
     return inputs
 
 

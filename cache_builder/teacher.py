@@ -246,12 +246,8 @@ def _image_attention(
     caught: QueryKey, batch: SequenceBatch, num_rows: int
 ) -> Float[Tensor, "Q H V"]:
     keep = batch.with_image
-    chosen = QueryKey(
-        query=caught.query[keep], first_query=caught.first_query, key=caught.key[keep],
-        cos=caught.cos, sin=caught.sin,
-    )  # fmt: skip
     start, lengths = batch.vision_start[keep], batch.lengths[keep]
-    weight_NHQV = text_to_vision(chosen, start, lengths, num_rows)
+    weight_NHQV = text_to_vision(caught.only(keep), start, lengths, num_rows)
     real_NQ = torch.arange(num_rows, device=lengths.device) < batch.num_text_rows[keep][:, None]
     return weight_NHQV.transpose(1, 2)[real_NQ]
 

@@ -9,11 +9,11 @@ Axes: B sample, H head, T token, D head channel, Q text row, V vision token.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 
@@ -34,6 +34,10 @@ class QueryKey:
     "Rotary sines."
     first_query: int = 0
     "Position of the first query; those before it are not needed and may be left out."
+
+    def only(self, keep: Bool[Tensor, " B"]) -> "QueryKey":
+        """Of some samples only; rotary positions have to be the same for all."""
+        return replace(self, query=self.query[keep], key=self.key[keep])
 
 
 def text_to_vision(

@@ -177,7 +177,7 @@ class AlignedStudent(nn.Module):
         errors = []
         for teacher_layer, student_layer in self.layer_map.items():
             student = text_to_vision(
-                _only(caught[student_layer], keep), start, lengths, row_mask.shape[1]
+                caught[student_layer].only(keep), start, lengths, row_mask.shape[1]
             )
             adapted = self.adapters.attention[str(teacher_layer)](teacher[teacher_layer])
             errors.append(attention_mse(student, adapted, row_mask).sum())
@@ -236,10 +236,6 @@ def check_loss(loss: LossConfig, spec: CacheSpec, model: MobileVLM) -> dict[int,
                 f"{student_layer}, but the student has layers 0 to {depth - 1}; set loss.layer_map"
             )
     return layer_map
-
-
-def _only(caught: QueryKey, keep: Tensor) -> QueryKey:
-    return QueryKey(query=caught.query[keep], key=caught.key[keep], cos=caught.cos, sin=caught.sin)
 
 
 def _map_of_heads(teacher_heads: int, heads: int) -> nn.Conv2d:

@@ -64,13 +64,14 @@ def text_to_vision(
         part.expand(len(row_BQ), -1, -1).take_along_dim(row_BQ[..., None], dim=1)
         for part in (caught.cos, caught.sin)
     )
-    query_BHQD = _rotated(caught.query.gather(1, place_BQX), cos_BQD, sin_BQD)
+    # Scaled here, where there is less to scale than in the scores.
+    query_BHQD = _rotated(caught.query.gather(1, place_BQX), cos_BQD, sin_BQD) * head_dim**-0.5
     key_BHTD = _rotated(caught.key, caught.cos, caught.sin)
     key_BHTD = key_BHTD.repeat_interleave(query_BHQD.shape[1] // key_BHTD.shape[1], dim=1)
-    score_BHQT = (query_BHQD @ key_BHTD.transpose(2, 3)).float() * head_dim**-0.5
+    score_BHQT = (query_BHQD @ key_BHTD.transpose(2, 3)).float()
     position = torch.arange(key_BHTD.shape[2], device=row_BQ.device)
     hidden_BQT = position[None, None, :] > row_BQ[:, :, None]
-    weight_BHQT = score_BHQT.masked_fill(hidden_BQT[:, None], float("-inf")).softmax(dim=-1)
+    weight_BHQT = score_BHQT.masked_fill_(hidden_BQT[:, None], float("-inf")).softmax(dim=-1)
     column_BV = vision_start[:, None] + torch.arange(NUM_VISION, device=row_BQ.device)
     weight_BHQV = weight_BHQT.gather(
         3, column_BV[:, None, None, :].expand(-1, weight_BHQT.shape[1], num_rows, -1)

@@ -9,9 +9,19 @@ Axes: N sample with an image, H student head, Q text row, V vision token, C stud
 R response position, K cached top-k entry.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+BLOCK = 1 << 22
+"""Entries over the vocabulary that are worked on at once: 16 MiB in float32.
+
+Memory of blocks of over 32 MiB goes back to the kernel at once (glibc's malloc) and is taken from
+it anew, page by page, which costs many times the arithmetic.
+"""
 
 
 def cross_entropy(
@@ -21,33 +31,75 @@ def cross_entropy(
     return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def topk_kl(
+def cross_entropy_and_topk_kl(
     logits: Float[Tensor, "R vocab"],
+    labels: Int[Tensor, " R"],
     top_ids: Int[Tensor, "R K"],
     top_logprobs: Float[Tensor, "R K"],
     rest_logprobs: Float[Tensor, " R"] | None,
     direction: str,
-) -> Float[Tensor, " R"]:
-    """L_rkl: KL between student and teacher in nats, per response position, temperature 1.
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """L_sup as `cross_entropy` gives it, and L_rkl, both in nats, per response position.
 
-    Outside the cached top k only the teacher's total mass is known, so the rest of the vocabulary
-    is compared as one bucket. This is a lower bound of the full KL, exact when k is the vocabulary.
+    L_rkl is the KL between student and teacher at temperature 1. Outside the cached top k only the
+    teacher's total mass is known, so the rest of the vocabulary is compared as one bucket. This is
+    a lower bound of the full KL, exact when k is the vocabulary.
 
     Args:
         rest_logprobs: log of the teacher's mass outside the top k; None if k is the vocabulary.
         direction: `reverse` is KL(student || teacher), the paper's; `forward` is
             KL(teacher || student).
     """
-    everything = logits.float().log_softmax(dim=-1)
-    student = everything.gather(-1, top_ids)
-    teacher = top_logprobs.float()
-    if rest_logprobs is not None:
-        rest = everything.scatter(-1, top_ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
-        student = torch.cat([student, rest], dim=-1)
+    found = _Reduced.apply(logits.float(), labels, top_ids)  # type: ignore[no-untyped-call]
+    # Both losses are of differences; those of logits near zero round least.
+    found = found - found.detach().amax(dim=-1, keepdim=True)
+    label, buckets = found[:, 0], found[:, 1:]
+    total = buckets.logsumexp(dim=-1)
+    student, teacher = buckets - total[:, None], top_logprobs.float()
+    if rest_logprobs is None:
+        student = student[:, :-1]  # of nothing: minus infinity
+    else:
         teacher = torch.cat([teacher, rest_logprobs.float()[:, None]], dim=-1)
     if direction == "forward":
         student, teacher = teacher, student
-    return (student.exp() * (student - teacher)).sum(dim=-1)
+    return total - label, (student.exp() * (student - teacher)).sum(dim=-1)
+
+
+class _Reduced(torch.autograd.Function):
+    """All that both losses need of the vocabulary: each position's logit of the label, its logits
+    at `ids`, and the logsumexp of all others (minus infinity if there are none).
+
+    What spans the vocabulary is the largest that a training step holds. Autograd's own steps to
+    both losses make it over and over; this makes the gradient, and nothing else beyond a block.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "R vocab"],
+        labels: Int[Tensor, " R"],
+        ids: Int[Tensor, "R K"],
+    ) -> Float[Tensor, "R K_plus_2"]:
+        rows = max(1, BLOCK // logits.shape[1])
+        others = torch.cat(
+            [
+                part.scatter(-1, known, float("-inf")).logsumexp(dim=-1, keepdim=True)
+                for part, known in zip(
+                    torch.split(logits, rows), torch.split(ids, rows), strict=True
+                )
+            ]
+        )
+        picked = torch.cat([labels[:, None], ids], dim=-1)
+        ctx.save_for_backward(logits, picked, others)
+        return torch.cat([logits.gather(-1, picked), others], dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "R K_plus_2"]) -> tuple[Tensor, None, None]:
+        logits, picked, others = ctx.saved_tensors
+        found = (logits - others).exp_().mul_(grad[:, -1:])
+        found.scatter_(-1, picked[:, 1:], 0)  # not among the others; may be infinite
+        return found.scatter_add_(-1, picked, grad[:, :-1]), None, None
 
 
 def attention_mse(

@@ -22,8 +22,8 @@ from student_train.data import Targets, TrainingBatch
 from student_train.losses import (
     attention_mse,
     cross_entropy,
+    cross_entropy_and_topk_kl,
     focused_vision,
-    topk_kl,
     vision_mse,
 )
 
@@ -133,28 +133,34 @@ class AlignedStudent(nn.Module):
             out = self.model.llm.model(inputs_embeds=embeds, use_cache=False)
         mask = sequences.response_mask
         logits = self.model.llm.lm_head(out.last_hidden_state[mask])
+        labels = sequences.labels.roll(-1, 1)[mask]
         # Losses in float32 whatever the forward pass ran in.
         with torch.autocast(embeds.device.type, enabled=False):
-            terms = {"sup": cross_entropy(logits, sequences.labels.roll(-1, 1)[mask]).sum()}
-            if targets is not None:
-                terms |= self._distil(batch, targets, logits, vision, caught)
-        return terms
+            if targets is None:
+                return {"sup": cross_entropy(logits, labels).sum()}
+            terms = self._vocabulary_terms(targets, logits, labels)
+            return terms | self._alignment_terms(batch, targets, vision, caught)
 
-    def _distil(
+    def _vocabulary_terms(
+        self, targets: Targets, logits: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        if targets.top_ids is None:
+            return {"sup": cross_entropy(logits, labels).sum()}
+        top_logprobs = decode(self._encodings["logprobs"], targets.top_logprobs)
+        sup, kl = cross_entropy_and_topk_kl(
+            logits, labels, targets.top_ids.long(), top_logprobs, targets.rest_logprobs,
+            self.loss.kl_direction,
+        )  # fmt: skip
+        return {"sup": sup.sum(), "kl": kl.sum()}
+
+    def _alignment_terms(
         self,
         batch: TrainingBatch,
         targets: Targets,
-        logits: Tensor,
         vision: Tensor,
         caught: Mapping[int, QueryKey],
     ) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        if targets.top_ids is not None:
-            top_logprobs = decode(self._encodings["logprobs"], targets.top_logprobs)
-            terms["kl"] = topk_kl(
-                logits, targets.top_ids.long(), top_logprobs, targets.rest_logprobs,
-                self.loss.kl_direction,
-            ).sum()  # fmt: skip
         attention = {
             layer: decode(self._encodings["attention"], parts).transpose(1, 2)
             for layer, parts in targets.attention.items()

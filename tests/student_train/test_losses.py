@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from student_train import losses
 from student_train.losses import (
     attention_mse,
     cross_entropy,
+    cross_entropy_and_topk_kl,
     focused_vision,
-    topk_kl,
     vision_mse,
 )
 
@@ -31,6 +32,14 @@ def cached(teacher: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
         return ids, top, None
     rest = logprobs.scatter(-1, ids, -math.inf).logsumexp(-1)
     return ids, top, rest
+
+
+def topk_kl(
+    student: Tensor, ids: Tensor, top: Tensor, rest: Tensor | None, direction: str
+) -> Tensor:
+    """The second of both losses; the labels do not matter to it."""
+    labels = torch.zeros(len(student), dtype=torch.long)
+    return cross_entropy_and_topk_kl(student, labels, ids, top, rest, direction)[1]
 
 
 def full_kl(student: Tensor, teacher: Tensor, direction: str) -> Tensor:
@@ -141,6 +150,99 @@ def test_topk_kl_does_not_depend_on_the_order_of_the_top() -> None:
     other = topk_kl(logits(0), ids.flip(-1), top.flip(-1), rest, "reverse")
 
     torch.testing.assert_close(one, other)
+
+
+def step_by_step(
+    student: Tensor, labels: Tensor, ids: Tensor, top: Tensor, rest: Tensor | None, direction: str
+) -> tuple[Tensor, Tensor]:
+    """Both losses as they are defined, with autograd's own derivatives, in float64."""
+    logprobs = student.double().log_softmax(-1)
+    one, other = logprobs.gather(-1, ids), top.double()
+    if rest is not None:
+        outside = logprobs.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+        one, other = torch.cat([one, outside], -1), torch.cat([other, rest.double()[:, None]], -1)
+    if direction == "forward":
+        one, other = other, one
+    supervised = -logprobs.gather(-1, labels[:, None])[:, 0]
+    return supervised, (one.exp() * (one - other)).sum(-1)
+
+
+@hypothesis.given(
+    seed=st.integers(0, 10**6), k=st.integers(1, 23), scale=st.floats(0.1, 40),
+    direction=st.sampled_from(DIRECTIONS),
+)  # fmt: skip
+def test_both_losses_and_their_gradients_are_those_of_the_formulas(
+    seed: int, k: int, scale: float, direction: str
+) -> None:
+    student, target = logits(seed, scale=scale), cached(logits(seed + 1, scale=scale), k)
+    # Labels in the teacher's top and outside it.
+    labels = torch.randint(23, (5,), generator=torch.Generator().manual_seed(seed))
+    ours, theirs = student.clone().requires_grad_(), student.double().requires_grad_()
+
+    found = cross_entropy_and_topk_kl(ours, labels, *target, direction)
+    expected = step_by_step(theirs, labels, *target, direction)
+    # Weights apart, so that no gradient can stand in for another.
+    weights = torch.linspace(0.5, 1.5, 10).reshape(2, 5)
+    (torch.stack(found) * weights).sum().backward()
+    (torch.stack(expected) * weights).sum().backward()
+
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5 * (1 + scale))
+
+
+def test_cross_entropy_is_the_same_with_and_without_a_teacher() -> None:
+    student = logits(0, scale=30.0)
+    labels = torch.tensor([3, 0, 22, 7, 7])
+    alone, taught = student.clone().requires_grad_(), student.clone().requires_grad_()
+
+    expected = cross_entropy(alone, labels)
+    found, _ = cross_entropy_and_topk_kl(taught, labels, *cached(logits(1), 7), "reverse")
+    expected.sum().backward()
+    found.sum().backward()
+
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(taught.grad, alone.grad)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 7])
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    labels, target = torch.arange(5), cached(logits(1), 7)
+    at_once = cross_entropy_and_topk_kl(logits(0), labels, *target, "reverse")
+
+    monkeypatch.setattr(losses, "BLOCK", rows * 23)
+    found = cross_entropy_and_topk_kl(logits(0), labels, *target, "reverse")
+
+    torch.testing.assert_close(found, at_once, rtol=0, atol=0)
+
+
+def test_losses_of_half_precision_logits_are_taken_in_float32() -> None:
+    student = logits(0).half().requires_grad_()
+    labels, target = torch.arange(5), cached(logits(1), 7)
+
+    found = cross_entropy_and_topk_kl(student, labels, *target, "reverse")
+    torch.stack(found).sum().backward()
+
+    expected = cross_entropy_and_topk_kl(student.detach().float(), labels, *target, "reverse")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert student.grad is not None
+    assert student.grad.dtype == torch.float16
+
+
+def test_no_response_position_has_no_loss() -> None:
+    student = logits(0)[:0].requires_grad_()
+    ids, top, rest = cached(logits(1), 7)
+    assert rest is not None
+
+    found = cross_entropy_and_topk_kl(
+        student, torch.arange(0), ids[:0], top[:0], rest[:0], "reverse"
+    )
+    torch.stack(found).sum().backward()
+
+    assert [loss.shape for loss in found] == [(0,), (0,)]
+    assert student.grad is not None
 
 
 def test_attention_mse_has_its_hand_value() -> None:

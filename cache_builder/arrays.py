@@ -123,5 +123,5 @@ def _start_copy(rows: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
     host.copy_(rows, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
+    copied.record(torch.cuda.current_stream(rows.device))  # by default: of device 0
     return host, copied

@@ -117,12 +117,16 @@ for command in (verify, repair, gc, diff, fidelity):
 def pack(annotations: Path, images: Path, out: Path, samples_per_tar: int, prefix: str) -> None:
     """Pack LLaVA-format JSON and its images into WebDataset tars.
 
-    The same input gives the same bytes.
+    The same input gives the same bytes. Ids become keys of samples; one that stands again is
+    numbered: k, k-1, k-2.
     """
     from cache_builder.pack import pack as pack_tars
 
     report = pack_tars(annotations, images, out, samples_per_tar=samples_per_tar, prefix=prefix)
-    click.echo(f"{out}: {report.tars} tars, {report.samples} samples, {report.images} images")
+    renamed = f"; {report.renamed} ids stood before and are numbered" if report.renamed else ""
+    click.echo(
+        f"{out}: {report.tars} tars, {report.samples} samples, {report.images} images{renamed}"
+    )
 
 
 @cache_tools.command(cls=Command)

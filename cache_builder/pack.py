@@ -1,20 +1,22 @@
 """LLaVA-format JSON + image folder -> WebDataset tars, the same bytes for the same input.
 
 Conversations about one image stay together, so that it lies in one tar only and the teacher's tower
-runs once for it.
+runs once for it. LLaVA's sets name several of them by the image, so ids stand more than once; keys
+of tars must not, and are numbered then.
 """
 
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import webdataset
 from tqdm import tqdm
 
-from shared.errors import CacheError, ConfigError, InputError
+from shared.errors import ConfigError, InputError
 from shared.record import shard_name
 from shared.samples import IMAGE_SUFFIXES
 
@@ -29,6 +31,8 @@ class PackReport:
     "Samples in them."
     images: int
     "Image files that are used."
+    renamed: int
+    "Samples whose id stood before, under the same key."
 
 
 def pack(
@@ -40,30 +44,46 @@ def pack(
     parted, so it may hold a few more.
 
     Raises:
-        InputError: the JSON is not a list of annotations, an id stands twice, an image is missing
-            or leaves the folder, or `out` holds tars already.
-        CacheError: `out` cannot be written.
+        InputError: the JSON is not a list of annotations, an image is missing or leaves the
+            folder, `out` holds tars already or cannot be written.
         ConfigError: no shard can have such a prefix.
     """
     if Path(prefix).name != prefix:
         raise ConfigError(f"--prefix {prefix}: expected letters, digits, '.', '_', '-'")
     shard_name(Path(f"{prefix}-000000.tar"))  # what build-cache would refuse
     entries = _read_annotations(annotations)
-    sources = {id(entry): _image_path(entry, images) for entry in entries}
+    keys = _distinct([_key(entry) for entry in entries])
+    renamed = sum(key != _key(entry) for key, entry in zip(keys, entries, strict=True))
+    samples = [
+        _Packed(key=key, annotation=entry, image=_image_path(entry, images))
+        for key, entry in zip(keys, entries, strict=True)
+    ]
     if sorted(out.glob(f"{prefix}-*.tar")):
         raise InputError(f"{out}: holds {prefix}-*.tar already; pack into an empty folder")
-    shards = list(_cut(_group_by_image(entries), samples_per_tar))
+    shards = list(_cut(_group_by_image(samples), samples_per_tar))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(entries), unit="sample", desc="pack", delay=2) as bar:
+        with tqdm(total=len(samples), unit="sample", desc="pack", delay=2) as bar:
             for number, shard in enumerate(shards):
                 partial = out / f"{prefix}-{number:06d}.tar.partial"
-                _write(partial, shard, sources, bar)
+                _write(partial, shard, bar)
                 partial.replace(partial.with_suffix(""))
     except OSError as error:
-        raise CacheError(f"{out}: cannot be written ({error.strerror or error})") from error
-    distinct = {path for path in sources.values() if path is not None}
-    return PackReport(tars=len(shards), samples=len(entries), images=len(distinct))
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+    distinct = {sample.image for sample in samples if sample.image is not None}
+    return PackReport(tars=len(shards), samples=len(samples), images=len(distinct), renamed=renamed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Packed:
+    """One sample on its way into a tar."""
+
+    key: str
+    "Its members' name before the first dot."
+    annotation: dict[str, Any]
+    "As it stood in the JSON."
+    image: Path | None
+    "Its file."
 
 
 def _read_annotations(path: Path) -> list[dict[str, Any]]:
@@ -77,22 +97,36 @@ def _read_annotations(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: expected a list of objects, as in LLaVA's data sets")
     if not entries:
         raise InputError(f"{path}: holds no samples")
-    seen: set[str] = set()
     for number, entry in enumerate(entries):
         key = _key(entry)
         if not key:
             raise InputError(f"{path}: entry {number} has no id")
         if not key.isascii() and key != key.encode(errors="ignore").decode():
             raise InputError(f"{path}: id {entry['id']!r} holds half of a character")
-        if key in seen:
-            raise InputError(f"{path}: id {entry['id']!r} stands twice (entry {number})")
-        seen.add(key)
     return entries
 
 
 def _key(entry: Mapping[str, Any]) -> str:
     """The id as a WebDataset key: no dots (they end a key) and no folders."""
     return str(entry.get("id", "")).replace("/", "_").replace(".", "_")
+
+
+def _distinct(keys: Sequence[str]) -> list[str]:
+    """The keys, those that stood before with the next free number behind them: `k`, `k-1`, `k-2`.
+
+    Keys that stand once stay as they are, whatever others are numbered to.
+    """
+    taken, numbers = set(keys), dict[str, Iterator[int]]()
+    distinct = []
+    for key in keys:
+        name = key
+        if key in numbers:
+            candidates = (f"{key}-{number}" for number in numbers[key])
+            name = next(candidate for candidate in candidates if candidate not in taken)
+            taken.add(name)
+        numbers.setdefault(key, count(1))
+        distinct.append(name)
+    return distinct
 
 
 def _image_path(entry: Mapping[str, Any], images: Path) -> Path | None:
@@ -112,18 +146,16 @@ def _image_path(entry: Mapping[str, Any], images: Path) -> Path | None:
     return images / name
 
 
-def _group_by_image(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Entries of one image together, where the first of them stood."""
-    groups: dict[object, list[dict[str, Any]]] = {}
-    for number, entry in enumerate(entries):
-        groups.setdefault(entry.get("image") or number, []).append(entry)
+def _group_by_image(samples: Sequence[_Packed]) -> list[list[_Packed]]:
+    """Samples of one image together, where the first of them stood."""
+    groups: dict[object, list[_Packed]] = {}
+    for number, sample in enumerate(samples):
+        groups.setdefault(sample.image or number, []).append(sample)
     return list(groups.values())
 
 
-def _cut(
-    groups: Sequence[list[dict[str, Any]]], samples_per_tar: int
-) -> Iterator[list[dict[str, Any]]]:
-    shard: list[dict[str, Any]] = []
+def _cut(groups: Sequence[list[_Packed]], samples_per_tar: int) -> Iterator[list[_Packed]]:
+    shard: list[_Packed] = []
     for group in groups:
         shard += group
         if len(shard) >= samples_per_tar:
@@ -133,23 +165,17 @@ def _cut(
         yield shard
 
 
-def _write(
-    path: Path,
-    entries: Sequence[dict[str, Any]],
-    sources: Mapping[int, Path | None],
-    bar: "tqdm[Any]",
-) -> None:
+def _write(path: Path, samples: Sequence[_Packed], bar: "tqdm[Any]") -> None:
     buffer = io.BytesIO()
     # Fixed owner, mode and time: the same input gives the same bytes.
     with webdataset.TarWriter(buffer, encoder=False, mtime=0, user="", group="") as tar:
-        for entry in entries:
-            sample: dict[str, Any] = {
-                "__key__": _key(entry),
-                "json": json.dumps(entry).encode(),
+        for sample in samples:
+            members: dict[str, Any] = {
+                "__key__": sample.key,
+                "json": json.dumps(sample.annotation).encode(),
             }
-            source = sources[id(entry)]
-            if source is not None:
-                sample[source.suffix[1:].lower()] = source.read_bytes()
-            tar.write(sample)
+            if sample.image is not None:
+                members[sample.image.suffix[1:].lower()] = sample.image.read_bytes()
+            tar.write(members)
             bar.update()
     path.write_bytes(buffer.getvalue())

@@ -216,7 +216,24 @@ class Cache:
             image_sha256=[_image_sha256(place) for place in places],
         )
         reads.run()
+        if batch.top_ids is not None:
+            self._check_top_ids(keys, batch.top_ids)
         return batch
+
+    def _check_top_ids(self, keys: Sequence[str], top_ids: Array) -> None:
+        """A loss would count a token twice that stands twice, or index beyond the logits."""
+        ids = np.sort(top_ids, axis=-1)
+        vocabulary = self.identity["teacher"]["vocab_size"]
+        if ids.size and ids[:, -1].max() >= vocabulary:
+            wrong = f"id {ids.max()}, expected less than {vocabulary}"
+        elif (ids[:, 1:] == ids[:, :-1]).any():
+            wrong = "the same id twice for one response position"
+        else:
+            return
+        raise DamagedError(
+            f"{self.root}: top_ids of {' or '.join(map(repr, keys[:3]))} hold {wrong}; cache-tools "
+            "verify --decode says which shard"
+        )
 
     @property
     def _has_rest(self) -> bool:

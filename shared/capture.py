@@ -64,11 +64,13 @@ def text_to_vision(
         part.expand(len(row_BQ), -1, -1).take_along_dim(row_BQ[..., None], dim=1)
         for part in (caught.cos, caught.sin)
     )
-    # Scaled here, where there is less to scale than in the scores.
-    query_BHQD = _rotated(caught.query.gather(1, place_BQX), cos_BQD, sin_BQD) * head_dim**-0.5
-    key_BHTD = _rotated(caught.key, caught.cos, caught.sin)
+    # Scores in float32 whatever q and k are in, as fast attention adds them up; and scaled by way
+    # of the queries, where there is less to scale.
+    query_BHQD = _rotated(caught.query.gather(1, place_BQX), cos_BQD, sin_BQD).float()
+    query_BHQD = query_BHQD * head_dim**-0.5
+    key_BHTD = _rotated(caught.key, caught.cos, caught.sin).float()
     key_BHTD = key_BHTD.repeat_interleave(query_BHQD.shape[1] // key_BHTD.shape[1], dim=1)
-    score_BHQT = (query_BHQD @ key_BHTD.transpose(2, 3)).float()
+    score_BHQT = query_BHQD @ key_BHTD.transpose(2, 3)
     position = torch.arange(key_BHTD.shape[2], device=row_BQ.device)
     hidden_BQT = position[None, None, :] > row_BQ[:, :, None]
     weight_BHQT = score_BHQT.masked_fill_(hidden_BQT[:, None], float("-inf")).softmax(dim=-1)

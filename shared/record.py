@@ -23,7 +23,7 @@ from shared.bounds import (
     check_samples,
     check_skipped,
 )
-from shared.errors import CacheError, ConfigError, DamagedError, MismatchError
+from shared.errors import CacheError, ConfigError, DamagedError, InputError, MismatchError
 from shared.inside import list_inside, read_inside
 from shared.sealed import MAX_BYTES, seal, unseal
 from shared.spec import CacheSpec
@@ -207,11 +207,11 @@ def shard_name(tar: Path) -> str:
     """Name of the shard that is built from a tar: the file name without `.tar`.
 
     Raises:
-        CacheError: characters other than letters, digits, `.`, `_`, `-`.
+        InputError: characters other than letters, digits, `.`, `_`, `-`.
     """
     name = tar.name.removesuffix(".tar")
     if not NAME.fullmatch(name):
-        raise CacheError(
+        raise InputError(
             f"{tar}: rename it; a shard's name is made of letters, digits, '.', '_', '-'"
         )
     return name

@@ -9,6 +9,7 @@ Axes: N sample with an image, H student head, Q text row, V vision token, C stud
 R response position, K cached top-k entry.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def cross_entropy_and_topk_kl(
         direction: `reverse` is KL(student || teacher), the paper's; `forward` is
             KL(teacher || student).
     """
-    found = _Reduced.apply(logits.float(), labels, top_ids)  # type: ignore[no-untyped-call]
+    found = _Reduced.apply(logits, labels, top_ids)  # type: ignore[no-untyped-call]
     # Both losses are of differences; those of logits near zero round least.
     found = found - found.detach().amax(dim=-1, keepdim=True)
     label, buckets = found[:, 0], found[:, 1:]
@@ -66,11 +67,12 @@ def cross_entropy_and_topk_kl(
 
 
 class _Reduced(torch.autograd.Function):
-    """All that both losses need of the vocabulary: each position's logit of the label, its logits
-    at `ids`, and the logsumexp of all others (minus infinity if there are none).
+    """All that both losses need of the vocabulary, in float32: each position's logit of the label,
+    its logits at `ids`, and the logsumexp of all others (minus infinity if there are none).
 
     What spans the vocabulary is the largest that a training step holds. Autograd's own steps to
-    both losses make it over and over; this makes the gradient, and nothing else beyond a block.
+    both losses make it over and over, in float32; this makes the gradient, in the logits' format,
+    and nothing else beyond a block.
     """
 
     @staticmethod
@@ -80,26 +82,32 @@ class _Reduced(torch.autograd.Function):
         labels: Int[Tensor, " R"],
         ids: Int[Tensor, "R K"],
     ) -> Float[Tensor, "R K_plus_2"]:
-        rows = max(1, BLOCK // logits.shape[1])
         others = torch.cat(
             [
-                part.scatter(-1, known, float("-inf")).logsumexp(dim=-1, keepdim=True)
-                for part, known in zip(
-                    torch.split(logits, rows), torch.split(ids, rows), strict=True
-                )
+                part.float().scatter(-1, known, float("-inf")).logsumexp(dim=-1, keepdim=True)
+                for part, known in _blocks(logits, ids)
             ]
         )
         picked = torch.cat([labels[:, None], ids], dim=-1)
         ctx.save_for_backward(logits, picked, others)
-        return torch.cat([logits.gather(-1, picked), others], dim=-1)
+        return torch.cat([logits.gather(-1, picked).float(), others], dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "R K_plus_2"]) -> tuple[Tensor, None, None]:
         logits, picked, others = ctx.saved_tensors
-        found = (logits - others).exp_().mul_(grad[:, -1:])
-        found.scatter_(-1, picked[:, 1:], 0)  # not among the others; may be infinite
-        return found.scatter_add_(-1, picked, grad[:, :-1]), None, None
+        found = torch.empty_like(logits)
+        for out, part, known, rest, slope in _blocks(found, logits, picked, others, grad):
+            block = (part.float() - rest).exp_().mul_(slope[:, -1:])
+            block.scatter_(-1, known[:, 1:], 0)  # not among the others; may be infinite
+            out.copy_(block.scatter_add_(-1, known, slope[:, :-1]))
+        return found, None, None
+
+
+def _blocks(logits: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same rows of all tensors, so many that the first has about BLOCK entries."""
+    rows = max(1, BLOCK // logits.shape[1])
+    return zip(*(torch.split(tensor, rows) for tensor in (logits, *others)), strict=True)
 
 
 def attention_mse(

@@ -179,7 +179,7 @@ def test_queries_before_the_first_text_row_are_not_needed(first: int) -> None:
     assert torch.equal(found, text_to_vision(whole, starts, lengths, 20))
 
 
-def test_half_precision_inputs_give_float32_weights() -> None:
+def test_weights_of_half_precision_inputs_are_computed_in_float32() -> None:
     torch.manual_seed(0)
     width, tokens = 8, VISION + 4
     caught = QueryKey(
@@ -191,5 +191,11 @@ def test_half_precision_inputs_give_float32_weights() -> None:
 
     found = text_to_vision(caught, torch.tensor([1]), torch.tensor([tokens]), 3)
 
+    exact = QueryKey(
+        query=caught.query.float(), key=caught.key.float(), cos=caught.cos.float(),
+        sin=caught.sin.float(),
+    )  # fmt: skip
+    expected = text_to_vision(exact, torch.tensor([1]), torch.tensor([tokens]), 3)
     assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
     assert (found.sum(-1) < 1).all()

@@ -1,6 +1,6 @@
 """Kill train-student at random moments, resume it, and compare with a run that was left alone.
 
-    python benchmarks/kill_train.py --kills 20
+    python -m benchmarks.kill_train --kills 20
 
 Trains the tests' reference student on the CPU, sends SIGKILL after random waits (start-up and
 checkpoints included) and prints one row per kill. Ends with 1 if a weight, an adapter or a logged
@@ -18,10 +18,7 @@ from pathlib import Path
 import click
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.student_train.support import (  # noqa: E402
+from tests.student_train.support import (
     SPEC,
     arguments,
     command_line,
@@ -33,7 +30,7 @@ from tests.student_train.support import (  # noqa: E402
     run_process,
     write_recipe,
 )
-from tests.support import build, write_tar  # noqa: E402
+from tests.support import build, write_tar
 
 
 @click.command()

@@ -12,27 +12,35 @@ import click
 
 from cache_builder.fidelity_tool import fidelity
 from cache_builder.tools import diff, gc, repair, verify
-from shared.console import Command, Group, bytes_text, configure_logging, printable_lines
+from shared.console import (
+    AS_JSON,
+    DATA,
+    DEVICE,
+    FILE,
+    FOLDER,
+    VISION_TOWER,
+    Command,
+    Group,
+    bytes_text,
+    configure_logging,
+    printable_lines,
+)
 
 if TYPE_CHECKING:
     from cache_builder.estimate import Estimate
     from cache_builder.summary import Summary
+    from shared.spec import CacheSpec
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_FILE = click.Path(path_type=Path, dir_okay=False)
 _AGAIN = "run the same command again to continue"
 
 
 @click.command(cls=Command, name="build-cache")
-@click.option("--spec", required=True, type=_FILE, help="What to store: a YAML as in cache_specs/.")
+@click.option("--spec", required=True, type=FILE, help="What to store: a YAML as in cache_specs/.")
 @click.option("--teacher", required=True, help="MobileVLM V2 folder or Hugging Face hub id.")
-@click.option("--vision-tower", help="CLIP folder or hub id.  [default: the teacher's config says]")
-@click.option(
-    "--data", required=True, multiple=True,
-    help="Tars: a path, a brace range ('t-{000..099}.tar') or a glob, in quotes. Repeatable.",
-)  # fmt: skip
-@click.option("--out", required=True, type=_FOLDER, help="The cache. Run again to continue it.")
-@click.option("--device", help="cpu, cuda, cuda:1, ....  [default: cuda if there is one]")
+@VISION_TOWER
+@DATA
+@click.option("--out", required=True, type=FOLDER, help="The cache. Run again to continue it.")
+@DEVICE
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
     help="The teacher's number format; part of the cache's identity.  "
@@ -48,8 +56,11 @@ _AGAIN = "run the same command again to continue"
     help="Stop when more samples than this cannot be used: a share of all samples in --data, "
     "rounded up, or a count.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--dry-run", is_flag=True,
+    help="Say how large the shards that --out still lacks would be; nothing is written.",
+)  # fmt: skip
+@AS_JSON
 @click.option("-v", "--verbose", is_flag=True, help="Log a line per shard to stderr.")
 def build_cache(
     spec: Path, teacher: str, vision_tower: str | None, data: tuple[str, ...], out: Path,
@@ -69,7 +80,7 @@ def build_cache(
 
     loaded_spec, tars, limit = CacheSpec.load(spec), expand_tars(data), SkipLimit.parse(max_skipped)
     if dry_run:
-        _dry_run(loaded_spec, teacher, vision_tower, tars, as_json)
+        _dry_run(loaded_spec, teacher, vision_tower, tars, out, as_json)
         return
     try:
         with stop_on_sigterm() as stop:
@@ -105,9 +116,9 @@ for command in (verify, repair, gc, diff, fidelity):
 
 
 @cache_tools.command(cls=Command)
-@click.option("--annotations", required=True, type=_FILE, help="LLaVA-format JSON.")
-@click.option("--images", required=True, type=_FOLDER, help="Folder that its image names are in.")
-@click.option("--out", required=True, type=_FOLDER, help="Folder for the tars.")
+@click.option("--annotations", required=True, type=FILE, help="LLaVA-format JSON.")
+@click.option("--images", required=True, type=FOLDER, help="Folder that its image names are in.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the tars.")
 @click.option(
     "--samples-per-tar", default=500, show_default=True, type=click.IntRange(min=1),
     help="Samples per tar, and so per shard: the unit of resuming. Conversations about one image "
@@ -130,8 +141,8 @@ def pack(annotations: Path, images: Path, out: Path, samples_per_tar: int, prefi
 
 
 @cache_tools.command(cls=Command)
-@click.argument("cache", type=_FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@click.argument("cache", type=FOLDER)
+@AS_JSON
 def info(cache: Path, as_json: bool) -> None:
     """Say what CACHE is, how far its build is, what it weighs and what was skipped.
 
@@ -147,26 +158,35 @@ def info(cache: Path, as_json: bool) -> None:
 
 
 def _dry_run(
-    spec: "object", teacher: str, vision_tower: str | None, tars: list[Path], as_json: bool
-) -> None:
+    spec: "CacheSpec", teacher: str, vision_tower: str | None, tars: list[Path], out: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
     from cache_builder.estimate import estimate
     from cache_builder.setup import load_teacher_tokenizer
     from cache_builder.teacher import check_spec
     from shared.checkpoint import ModelFolder
+    from shared.errors import InputError
     from shared.mobilevlm import read_config
+    from shared.record import record_names, shard_name
     from shared.samples import index_tars
-    from shared.spec import CacheSpec
 
-    assert isinstance(spec, CacheSpec)
     folder = ModelFolder(teacher)
     config = read_config(folder, vision_tower)
     check_spec(spec, config)
-    indexes, _ = index_tars(tars)
+    built = set(record_names(out)) if out.is_dir() else set()
+    left = [tar for tar in tars if shard_name(tar) not in built]
+    indexes, broken = index_tars(left)
+    if broken:
+        raise InputError(
+            f"{len(broken)} of {len(tars)} tars cannot be read: {'; '.join(map(str, broken[:3]))}"
+        )
     found = estimate(indexes, spec, config, load_teacher_tokenizer(folder, config))
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(found), "size": found.size}, indent=1))
     else:
-        click.echo("\n".join(_estimate_lines(found, len(indexes))))
+        there = len(tars) - len(left)
+        lines = [f"{there} of {len(tars)} tars have their shard in {out} already"] if there else []
+        click.echo("\n".join([*lines, *_estimate_lines(found, len(indexes))]))
 
 
 def _estimate_lines(found: "Estimate", shards: int) -> list[str]:

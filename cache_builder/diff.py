@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import CacheError
-from shared.record import ShardRecord, differences, read_records
+from shared.record import ShardRecord, differences, no_cache, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def array_digests(record: ShardRecord) -> dict[str, str]:
 def _read(root: Path) -> dict[str, ShardRecord]:
     records = read_records(root)
     if not records:
-        raise CacheError(f"{root}: no cache here (no records/*.json)")
+        raise no_cache(root, "records/*.json")
     return records
 
 

@@ -21,7 +21,7 @@ from shared.spec import CacheSpec
 from shared.tokenizer import Tokenizer
 
 _MOST_SAMPLES = 2000
-"Samples that are tokenised for the estimate; totals are scaled from them."
+"Samples that are tokenised for the estimate, or one per tar; totals are scaled from them."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,12 @@ class Estimate:
 def estimate(
     tars: Sequence[TarIndex], spec: CacheSpec, config: VLMConfig, tokenizer: Tokenizer
 ) -> Estimate:
-    """Sizes by signal, from up to 2000 samples spread over the tars."""
+    """Sizes by signal, from some 2000 samples spread over the tars, one of each at least."""
     total = sum(len(tar.samples) + len(tar.skipped) for tar in tars)
     share = -(-_MOST_SAMPLES // max(1, len(tars)))
     usable: list[PreparedSample] = []
     skipped: list[Skipped] = []
+    images: set[tuple[str, str]] = set()  # each is stored once in every tar that shows it
     for tar in tqdm(tars, unit="tar", desc="estimate", delay=2):
         for item in islice(prepare(tar, spec, tokenizer), share):
             if isinstance(item, Skipped):
@@ -77,13 +78,18 @@ def estimate(
             else:
                 item.image = None  # its digest is enough
                 usable.append(item)
+                if item.image_digest is not None:
+                    images.add((tar.name, item.image_digest))
     examined = len(usable) + len(skipped)
     scale = total / max(1, examined)
     return Estimate(
         samples=total,
         examined=examined,
         skipped=tuple(skipped),
-        signals=(*_signals(usable, spec, config, scale), _probe(tars, {s.key for s in skipped})),
+        signals=(
+            *_signals(usable, len(images), spec, config, scale),
+            _probe(tars, {s.key for s in skipped}),
+        ),
     )
 
 
@@ -97,10 +103,14 @@ def _probe(tars: Sequence[TarIndex], skipped: Collection[str]) -> SignalSize:
 
 
 def _signals(
-    samples: Sequence[PreparedSample], spec: CacheSpec, config: VLMConfig, scale: float
+    samples: Sequence[PreparedSample],
+    images: int,
+    spec: CacheSpec,
+    config: VLMConfig,
+    scale: float,
 ) -> list[SignalSize]:
+    """`images`: distinct ones of each tar, added up."""
     text_rows = sum(s.num_text_rows for s in samples)
-    images = len({s.image_digest for s in samples if s.image_digest})
     responses = sum(s.num_responses for s in samples)
     tokens = sum(len(s.prompt.input_ids) for s in samples)
     llama = config.llama

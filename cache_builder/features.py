@@ -158,7 +158,8 @@ class _TarRun:
                 self.spec.vision_tokens.encoding, dict.fromkeys(good, 1),
                 tokens_NVC if all(finite) else torch.stack([found[digest] for digest in good]),
             )  # fmt: skip
-        self.vision |= {d: tokens for d, tokens in found.items() if d not in self.unusable}
+        # Copies: a view that a later conversation needs would keep its whole batch.
+        self.vision |= {d: found[d].clone() for d in good}
 
     def _run_decoder(self, samples: Sequence[PreparedSample]) -> None:
         sequences = pad_sequences(

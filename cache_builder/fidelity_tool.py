@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.console import Command, printable_lines
+from shared.console import AS_JSON, DEVICE, FOLDER, VISION_TOWER, Command, printable_lines
 
 if TYPE_CHECKING:
     from cache_builder.fidelity import CacheFidelity
 
 
 @click.command(cls=Command)
-@click.argument("cache", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("cache", type=FOLDER)
 @click.option("--teacher", required=True, help="The cache's teacher: folder or hub id.")
-@click.option("--vision-tower", help="CLIP folder or hub id.  [default: the teacher's config says]")
+@VISION_TOWER
 @click.option(
     "--data", required=True, multiple=True, help="The cache's tars, as for build-cache. Repeatable."
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ....  [default: cuda if there is one]")
+@DEVICE
 @click.option(
     "--samples", default=64, show_default=True, type=click.IntRange(min=1),
     help="Samples to compare, evenly spread over the tars.",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     "--set", "settings", multiple=True, metavar="KEY=VALUE",
     help="Change one value of the recipe. Repeatable.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@AS_JSON
 def fidelity(
     cache: Path, teacher: str, vision_tower: str | None, data: tuple[str, ...], device: str | None,
     samples: int, students: tuple[str, ...], student_vision_tower: str | None, recipe: str,

@@ -16,10 +16,8 @@ from typing import Any
 from shared.errors import CacheError
 from shared.inside import Entry, list_inside, walk_inside
 from shared.plan import PLANS
-from shared.record import DATA, RECORDS, read_records
+from shared.record import DATA, RECORDS, no_cache, read_records
 
-DAY = 24 * 3600.0
-"Default age. A shard's data is written in seconds to minutes; the rest is for clocks that differ."
 _DATA_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*-[0-9a-f]{8}")
 
 
@@ -62,7 +60,7 @@ def find_leftovers(root: Path) -> list[Leftover]:
         # Folders first: one whose record comes in between is in use, not left over.
         candidates = list(_candidates(root))
         if not list_inside(root, RECORDS) and not candidates:
-            raise CacheError(f"{root}: no cache here (neither records nor data)")
+            raise no_cache(root, "records or data")
         named = {record.data for record in read_records(root).values()}
         now = time.time()
         return [_measure(root, path, entry, now) for path, entry in candidates if path not in named]

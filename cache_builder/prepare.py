@@ -19,7 +19,7 @@ from cache_builder.ahead import Ahead
 from shared.errors import UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
-from shared.prompt import Prompt, build_prompt
+from shared.prompt import IGNORE, Prompt, build_prompt
 from shared.record import Skipped
 from shared.samples import Sample, TarIndex, read_samples
 from shared.spec import CacheSpec
@@ -56,7 +56,7 @@ class PreparedSample:
     @property
     def num_responses(self) -> int:
         """Positions whose next token carries a label, R."""
-        return int((self.prompt.labels[1:] != -100).sum())
+        return int((self.prompt.labels[1:] != IGNORE).sum())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,20 @@ from shared.record import DATA, RECORDS, ShardRecord, compare, record_names, spe
 from shared.spec import CacheSpec
 
 
-def take_out(root: Path, report: Report) -> list[str]:
+def tars_to_rebuild(root: Path, report: Report) -> list[str]:
+    """File names of the tars of all damaged shards, by their records while these are there.
+
+    Args:
+        report: what is wrong, by `verify_cache`.
+    """
+    records = [_record(root, name) for name in report.bad_shards]
+    return [
+        record.tar.name if record else f"{name}.tar"
+        for name, record in zip(report.bad_shards, records, strict=True)
+    ]
+
+
+def take_out(root: Path, report: Report) -> None:
     """Remove the record, then the data, of every damaged shard, and damaged plans.
 
     Shards that are whole but do not belong together are left: which of them to keep is for people.
@@ -21,16 +34,14 @@ def take_out(root: Path, report: Report) -> list[str]:
     Args:
         report: what is wrong, by `verify_cache`.
 
-    Returns:
-        File names of the tars to build again.
-
     Raises:
         CacheError: something cannot be deleted.
     """
     for problem in report.problems:
         if problem.kind == "plan":
             remove(root, problem.place)
-    return [_take_out_shard(root, name) for name in report.bad_shards]
+    for name in report.bad_shards:
+        _take_out_shard(root, name)
 
 
 def check_origin(root: Path, identity: Mapping[str, Any]) -> None:
@@ -42,13 +53,10 @@ def check_origin(root: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         MismatchError: both values are named.
     """
+    advice = "Nothing was taken out: name the teacher that built the cache."
     for name in record_names(root):
-        try:
-            record = ShardRecord.load(root / RECORDS / f"{name}.json")
-        except CacheError:
-            continue
-        advice = "Nothing was taken out: name the teacher that built the cache."
-        compare(f"{root}: shard {name}", record.identity, identity, advice)
+        if record := _record(root, name):
+            compare(f"{root}: shard {name}", record.identity, identity, advice)
 
 
 def choose_tars(wanted: Sequence[str], tars: Sequence[Path]) -> list[Path]:
@@ -61,8 +69,8 @@ def choose_tars(wanted: Sequence[str], tars: Sequence[Path]) -> list[Path]:
     missing = [name for name in wanted if name not in by_name]
     if missing:
         raise InputError(
-            f"{len(missing)} tars to rebuild are not in --data: {', '.join(missing[:3])}; the "
-            "damaged shards are out of the cache, run build-cache with these tars"
+            f"{len(missing)} tars to rebuild are not in --data: {', '.join(missing[:3])}. Nothing "
+            "was taken out: add them to --data, or leave --teacher and --data out"
         )
     return [by_name[name] for name in wanted]
 
@@ -74,27 +82,28 @@ def spec_to_rebuild(root: Path) -> tuple[CacheSpec, str]:
         CacheError: no record can.
     """
     for name in record_names(root):
-        try:
-            record = ShardRecord.load(root / RECORDS / f"{name}.json")
+        if record := _record(root, name):
             return spec_of(record), str(record.identity["numerics"]["dtype"])
-        except CacheError:
-            continue
     raise CacheError(
         f"{root}: no record is left that says how to build; run cache-tools repair without "
         "--teacher, then build-cache"
     )
 
 
-def _take_out_shard(root: Path, name: str) -> str:
-    """The tar to build again. Record first: a shard without one does not exist."""
-    tar, data = f"{name}.tar", None
-    try:
-        record = ShardRecord.load(root / RECORDS / f"{name}.json")
-        tar, data = record.tar.name, record.data
-    except CacheError:
-        pass  # which folder it names is not known: that one is left over, for gc
+def _take_out_shard(root: Path, name: str) -> None:
+    record = _record(root, name)
+    # Record first: a shard without one does not exist.
     remove(root, f"{RECORDS}/{name}.json")
+    if record is None:
+        return  # which folder it names is not known: that one is left over, for gc
     # Not through `data` if that is a link: list_inside refuses it.
-    if data is not None and any(f"{DATA}/{e.name}" == data for e in list_inside(root, DATA)):
-        remove(root, data)
-    return tar
+    if any(f"{DATA}/{entry.name}" == record.data for entry in list_inside(root, DATA)):
+        remove(root, record.data)
+
+
+def _record(root: Path, name: str) -> ShardRecord | None:
+    """None if it cannot be read."""
+    try:
+        return ShardRecord.load(root / RECORDS / f"{name}.json")
+    except CacheError:
+        return None

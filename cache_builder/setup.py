@@ -33,6 +33,8 @@ def load_builder(
     """
     folder = ModelFolder(teacher)
     chosen = pick_device(device)
+    # A float32 teacher is one: convolutions would round to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     default = "bfloat16" if chosen.type == "cuda" else "float32"
     loaded = Teacher(
         folder, spec, vision_tower=vision_tower, device=chosen,

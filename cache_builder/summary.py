@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import CacheError
 from shared.plan import plan_names, read_plan
-from shared.record import read_records, sizes_by_array, spec_of
+from shared.record import no_cache, read_records, sizes_by_array, spec_of
 
 _SIGNALS = {
     "attention": "attention",
@@ -17,6 +16,7 @@ _SIGNALS = {
     "rest_": "log-probabilities",
     "response_offsets": "log-probabilities",
     "probe_": "probe",
+    "image_sha256": "image digests",
 }
 "Array prefix -> the signal that it belongs to; everything else is the sequence."
 
@@ -60,9 +60,7 @@ def summarise(root: Path) -> Summary:
     records = read_records(root)
     planned = {name for file in plan_names(root) for name in read_plan(root, file)}
     if not records and not planned:
-        raise CacheError(
-            f"{root}: no cache here (neither records nor plans); see build-cache --help"
-        )
+        raise no_cache(root, "records or plans")
     specs = [spec_of(record) for record in records.values()]
     reasons = Counter(s.reason for record in records.values() for s in record.skipped)
     sizes: Counter[str] = Counter()

@@ -8,28 +8,30 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from shared.console import Command, bytes_text, printable_lines
+from shared.console import (
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    VISION_TOWER,
+    Command,
+    bytes_text,
+    printable_lines,
+)
 from shared.errors import DamagedError
 
 if TYPE_CHECKING:
-    from cache_builder.build import Builder
     from cache_builder.diff import CacheDiff, ShardDiff
     from cache_builder.gc import Leftover
     from cache_builder.verify import Report
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 _WORKERS = click.option(
     "--workers", default=min(8, os.cpu_count() or 1), show_default="CPUs, at most 8",
     type=click.IntRange(min=1), help="Shards checked at the same time.",
 )  # fmt: skip
-_TOWER = click.option(
-    "--vision-tower", help="CLIP folder or hub id.  [default: the teacher's config says]"
-)
 _DECODE = click.option(
     "--decode", is_flag=True,
     help="Also read every sample: finite values, probabilities up to 1, ids of the vocabulary.",
@@ -37,16 +39,16 @@ _DECODE = click.option(
 
 
 @click.command(cls=Command)
-@click.argument("cache", type=_FOLDER)
+@click.argument("cache", type=FOLDER)
 @_WORKERS
 @_DECODE
 @click.option(
     "--teacher",
-    help="Also compute the targets of each shard's probe again with this teacher.",
+    help="Compute the targets of each shard's probe again with this teacher, folder or hub id.",
 )
-@_TOWER
-@click.option("--device", help="For the teacher.  [default: cuda if there is one]")
-@_JSON
+@VISION_TOWER
+@DEVICE
+@AS_JSON
 def verify(
     cache: Path, workers: int, decode: bool, teacher: str | None, vision_tower: str | None,
     device: str | None, as_json: bool,
@@ -70,13 +72,13 @@ def verify(
 
 
 @click.command(cls=Command)
-@click.argument("cache", type=_FOLDER)
+@click.argument("cache", type=FOLDER)
 @_WORKERS
 @_DECODE
 @click.option("--teacher", help="Rebuild with this teacher, folder or hub id; needs --data.")
-@_TOWER
+@VISION_TOWER
 @click.option("--data", multiple=True, help="Tars to rebuild from, as for build-cache. Repeatable.")
-@click.option("--device", help="For the rebuild.  [default: cuda if there is one]")
+@DEVICE
 def repair(
     cache: Path, workers: int, decode: bool, teacher: str | None, vision_tower: str | None,
     data: tuple[str, ...], device: str | None,
@@ -87,24 +89,43 @@ def repair(
     cache; another teacher is refused before anything is taken out. Shards that are whole but do
     not belong together are named and left.
     """
-    from cache_builder.repair import take_out
+    from cache_builder.repair import (
+        check_origin,
+        choose_tars,
+        spec_to_rebuild,
+        take_out,
+        tars_to_rebuild,
+    )
     from cache_builder.verify import verify_cache
 
     if bool(teacher) != bool(data):
         raise click.UsageError("--teacher and --data go together")
-    rebuild = _Rebuild(cache, teacher, vision_tower, data, device) if teacher else None
+    if teacher:  # what would be in the way later is found before every byte is read
+        from cache_builder.build import build_cache
+        from cache_builder.setup import load_builder
+        from shared.samples import expand_tars
+
+        spec, dtype = spec_to_rebuild(cache)
+        tars = expand_tars(data)
     report = verify_cache(cache, workers=workers, decode=decode)
-    builder = rebuild.load() if rebuild and report.bad_shards else None
-    tars = take_out(cache, report)
+    wanted = tars_to_rebuild(cache, report)
+    if teacher and wanted:  # and what is refused is refused before anything is taken out
+        chosen = choose_tars(wanted, tars)
+        builder = load_builder(
+            spec, teacher, vision_tower=vision_tower, device=device, dtype=dtype, batch_size=None
+        )
+        check_origin(cache, builder.identity)
+    take_out(cache, report)
     left = [problem for problem in report.problems if problem.kind == "cache"]
     lines = [f"{problem}" for problem in report.problems if problem.kind != "cache"]
     lines.append(
-        f"{cache}: {len(tars)} shards taken out"
-        + (f"; build again: {' '.join(tars)}" if tars else "")
+        f"{cache}: {len(wanted)} shards taken out"
+        + (f"; build again: {' '.join(wanted)}" if wanted else "")
     )
     click.echo(printable_lines(lines))
-    if rebuild is not None and builder is not None:
-        click.echo(printable_lines([rebuild.run(builder, tars)]))
+    if teacher and wanted:
+        built = build_cache(builder, chosen, cache)
+        click.echo(f"{cache}: {built.built} shards built again, {built.samples} samples")
     if left:
         raise DamagedError(
             f"{cache}: {len(left)} problems are left that taking shards out does not solve, the "
@@ -113,14 +134,15 @@ def repair(
 
 
 @click.command(cls=Command)
-@click.argument("cache", type=_FOLDER)
+@click.argument("cache", type=FOLDER)
+# A shard's data is written in seconds to minutes; the rest of a day is for clocks that differ.
 @click.option(
     "--older-than", default=24.0, show_default=True, type=click.FloatRange(min=0), metavar="HOURS",
     help="Spare what changed within so many hours: a build that runs now may be writing it. Less "
     "is safe if you know that none does.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
-@_JSON
+@AS_JSON
 def gc(cache: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Delete what killed builds left in CACHE.
 
@@ -141,9 +163,9 @@ def gc(cache: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("a", type=_FOLDER)
-@click.argument("b", type=_FOLDER)
-@_JSON
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@AS_JSON
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Say what differs between the caches A and B.
 
@@ -158,51 +180,6 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
         click.echo(printable_lines(_diff_lines(found)))
     if found:
         click.get_current_context().exit(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rebuild:
-    """A build of some tars into a cache, as it was built before."""
-
-    cache: Path
-    "The cache; its spec is read before anything is deleted."
-    teacher: str
-    "Folder or hub id."
-    vision_tower: str | None
-    "Folder or hub id."
-    data: tuple[str, ...]
-    "Patterns of tars."
-    device: str | None
-    "For the teacher."
-    _facts: Any = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        from cache_builder.repair import spec_to_rebuild
-        from shared.samples import expand_tars
-
-        object.__setattr__(self, "_facts", (*spec_to_rebuild(self.cache), expand_tars(self.data)))
-
-    def load(self) -> "Builder":
-        """What builds; refused if it is not what the cache was built with."""
-        from cache_builder.repair import check_origin
-        from cache_builder.setup import load_builder
-
-        spec, dtype, _ = self._facts
-        builder = load_builder(
-            spec, self.teacher, vision_tower=self.vision_tower, device=self.device, dtype=dtype,
-            batch_size=16,
-        )  # fmt: skip
-        check_origin(self.cache, builder.identity)
-        return builder
-
-    def run(self, builder: "Builder", wanted: Sequence[str]) -> str:
-        """Build the tars of these names; what was done, in a line."""
-        from cache_builder.build import build_cache
-        from cache_builder.repair import choose_tars
-
-        _, _, tars = self._facts
-        report = build_cache(builder, choose_tars(wanted, tars), self.cache)
-        return f"{self.cache}: {report.built} shards built again, {report.samples} samples"
 
 
 def _report_lines(cache: Path, report: "Report") -> Iterator[str]:

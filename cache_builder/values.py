@@ -8,11 +8,10 @@ import numpy.typing as npt
 
 from shared.cache import CachedSample
 from shared.expected import IMAGE_SHA256
+from shared.prompt import IGNORE, IMAGE_TOKEN
 from shared.reader import ShardReader
 from shared.spec import CacheSpec
 
-IMAGE, IGNORED = -200, -100
-"Ids that stand for the image and for no label."
 _MOST = 1.1
 "A probability and a sum of some, with room for the coarsest encodings' rounding."
 _MOST_LOGPROB = 0.01
@@ -94,12 +93,12 @@ def _wrong_sequence(sample: CachedSample, most_id: int) -> Iterator[str]:
     if len(ids) != len(labels) or not len(ids):
         yield f"{len(ids)} ids and {len(labels)} labels"
         return
-    images = np.flatnonzero(ids == IMAGE).tolist()
+    images = np.flatnonzero(ids == IMAGE_TOKEN).tolist()
     expected = [] if sample.vision_start is None else [sample.vision_start]
     if images != expected:
         yield f"image at {images}, expected at {expected}"
-    yield from _outside("ids", ids[ids != IMAGE], 0, most_id)
-    yield from _outside("labels", labels[labels != IGNORED], 0, most_id)
+    yield from _outside("ids", ids[ids != IMAGE_TOKEN], 0, most_id)
+    yield from _outside("labels", labels[labels != IGNORE], 0, most_id)
 
 
 def _wrong_attention(
@@ -118,7 +117,7 @@ def _wrong_attention(
 
 
 def _wrong_logprobs(sample: CachedSample, most_id: int) -> Iterator[str]:
-    responses = int((sample.labels[1:] != IGNORED).sum())
+    responses = int((sample.labels[1:] != IGNORE).sum())
     ids, kept, rest = sample.top_ids, sample.top_logprobs, sample.rest_logprobs
     if ids is None or kept is None:
         if responses:

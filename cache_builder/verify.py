@@ -18,7 +18,7 @@ from shared.inside import Entry, open_inside, walk_inside
 from shared.plan import plan_names, read_plan
 from shared.probe import compare_image, read_probe
 from shared.reader import ShardReader
-from shared.record import RECORDS, ShardRecord, differences, record_names
+from shared.record import RECORDS, ShardRecord, differences, no_cache, record_names
 from shared.strict import shown
 
 Advance = Callable[[int], object]
@@ -103,7 +103,7 @@ def verify_cache(root: Path, *, workers: int, decode: bool) -> Report:
     records, problems = _load_records(root)
     planned, bad_plans = _load_plans(root)
     if not records and not problems and not planned and not bad_plans:
-        raise CacheError(f"{root}: no cache here (neither records nor plans)")
+        raise no_cache(root, "records or plans")
     problems += bad_plans
     problems += _misfits(records)
     problems += _check_files(root, records.values(), workers)

@@ -79,7 +79,9 @@ def _check_sizes(shape: Any, chunk: Any, dtype: Any) -> None:
     for name, sizes, least in (("shape", shape, 0), ("chunk_shape", chunk, 1)):
         whole = isinstance(sizes, list) and all(type(size) is int for size in sizes)
         if not whole or not 1 <= len(sizes) <= 4 or min(sizes) < least:
-            raise ValueError(f"{name} is {str(sizes)[:80]}, expected 1 to 4 sizes")
+            raise ValueError(
+                f"{name} is {str(sizes)[:80]}, expected 1 to 4 whole numbers from {least} on"
+            )
     if chunk[1:] != shape[1:]:
         raise ValueError(f"chunks of {chunk} in an array of {shape}: chunks must be whole rows")
     itemsize = np.dtype(dtype).itemsize

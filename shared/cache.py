@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from shared.batch_reads import BatchBuffers, BatchReads, Rows
 from shared.encodings import ENCODINGS, Array, decode
-from shared.errors import CacheError
+from shared.errors import DamagedError
 from shared.expected import IMAGE_SHA256, expected_arrays
 from shared.index import IndexCollector, SampleIndex
 from shared.prompt import IMAGE_TOKEN
 from shared.reader import ShardReader
-from shared.record import ShardRecord, compare, iter_records, spec_of
+from shared.record import ShardRecord, compare, iter_records, no_cache, spec_of
 from shared.spec import CacheSpec
 
 Signal = Literal["attention", "vision_tokens", "logprobs"]
@@ -275,7 +275,7 @@ def open_cache(path: str | Path) -> Cache:
         samples.add(record)
         records[record.name] = record.without_samples()
     if not records:
-        raise CacheError(f"{root}: no cache here (no records/*.json); make one with build-cache")
+        raise no_cache(root, "records/*.json")
     return Cache(root, records, samples.index())
 
 

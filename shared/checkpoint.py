@@ -9,7 +9,7 @@ import hashlib
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shared.console import progress
 from shared.errors import CheckpointError
 
 SETTINGS = (
@@ -91,14 +92,17 @@ class ModelFolder:
         for name in wanted:
             by_file.setdefault(files[name], []).append(name)
         tensors: dict[str, Tensor] = {}
-        for file, inside in by_file.items():
-            tensors |= self._read_file(file, inside)
+        with progress(len(wanted), "tensor", f"read {self.path.name}") as bar:
+            for file, inside in by_file.items():
+                for name, tensor in self._read_file(file, inside):
+                    tensors[name] = tensor
+                    bar.update()
         return tensors
 
     def _open_hub(self, name: str) -> Path:
         # Not os.path-like: "org/name" and nothing more.
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise CheckpointError(f"{name}: no such folder")
+            raise CheckpointError(f"{name}: no such folder; expected one, or a hub id as org/name")
         from huggingface_hub import hf_hub_download, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -129,17 +133,18 @@ class ModelFolder:
                 return list(opened.keys())
         return list(_load_bin(path))
 
-    def _read_file(self, file: str, names: list[str]) -> dict[str, Tensor]:
+    def _read_file(self, file: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         path = self._find(file)
         if path is None:
             raise CheckpointError(f"{self.name}: {file} is missing; it holds {_few(names)}")
         if file.endswith(".safetensors"):
             with _open_safetensors(path) as opened:
                 _check_inside(path, names, opened.keys())
-                return {name: opened.get_tensor(name) for name in names}
+                yield from ((name, opened.get_tensor(name)) for name in names)
+            return
         loaded = _load_bin(path)
         _check_inside(path, names, loaded)
-        return {name: loaded[name] for name in names}
+        yield from ((name, loaded[name]) for name in names)
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], form: str) -> None:
@@ -169,10 +174,13 @@ def copy_settings(source: Path, folder: Path, *, leave_out: tuple[str, ...] = ()
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and values; order and file format do not matter."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with progress(total, "B", "digest of the weights") as bar:
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            bar.update(tensor.nbytes)
     return digest.hexdigest()
 
 

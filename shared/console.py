@@ -4,11 +4,26 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 from shared.errors import ProjectError, printable
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+# Options that several commands have.
+VISION_TOWER = click.option(
+    "--vision-tower", help="CLIP folder or hub id.  [default: the model's config says]"
+)
+DATA = click.option(
+    "--data", required=True, multiple=True,
+    help="Tars: a path, a brace range ('t-{000..099}.tar') or a glob, in quotes. Repeatable.",
+)  # fmt: skip
+DEVICE = click.option("--device", help="cpu, cuda, cuda:1, ....  [default: cuda if there is one]")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 class OneLineErrors:
@@ -47,6 +62,14 @@ def configure_logging(verbose: bool) -> None:
 def is_main_process() -> bool:
     """Whether this is the process that prints, of those that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def progress(total: int, unit: str, what: str) -> "tqdm[Any]":
+    """A bar for what usually takes no two seconds: shown after them, by the process that prints."""
+    return tqdm(
+        total=total, unit=unit, unit_scale=unit == "B", desc=what, delay=2, leave=False,
+        disable=not is_main_process(),
+    )  # fmt: skip
 
 
 def printable_lines(lines: Iterable[str]) -> str:

@@ -95,7 +95,9 @@ class ImageProcessor:
         try:
             self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil(**settings)
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: no CLIP image processor's ({error})") from error
+            raise CheckpointError(
+                f"{path}: not settings of a CLIP image processor ({error})"
+            ) from error
         # As the processor understands them: a file may leave defaults out or write 336 for a pair.
         effective = self._processor.to_dict()
         self._settings = json.loads(json.dumps({name: effective[name] for name in _EFFECTIVE}))

@@ -20,6 +20,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from shared.checkpoint import ModelFolder
+from shared.console import progress
 from shared.errors import CheckpointError
 
 GRID = 12
@@ -295,7 +296,11 @@ def load_state(
                 f"but the config asks for {list(expected[name].shape)}"
             )
     # A copy: what was read may be the file itself, mapped into memory.
-    ours = {to_ours(name): state[name].to(dtype, copy=True) for name in needed}
+    ours = {}
+    with progress(len(needed), "tensor", "load") as bar:
+        for name in needed:
+            ours[to_ours(name)] = state[name].to(dtype, copy=True)
+            bar.update()
     model.load_state_dict(ours, strict=False, assign=True)
     model.passthrough = {name: tensor for name, tensor in state.items() if name not in expected}
 

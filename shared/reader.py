@@ -132,7 +132,7 @@ class ShardReader:
                 )
             array = StoredArray.open(self._folder / name, text, sum(sizes))
         except (ValueError, RecursionError, OSError) as error:
-            raise self.damaged(f"{name}/{_reason(error)}") from error
+            raise self.damaged(f"{name}: {_reason(error)}") from error
         if name in self.expected and (differs := self.expected[name].refuse(array.layout)):
             raise self.damaged(f"{name} {differs}")
         return array

@@ -217,6 +217,13 @@ def shard_name(tar: Path) -> str:
     return name
 
 
+def no_cache(root: Path, looked_for: str) -> CacheError:
+    """The error for a folder that holds none of what was looked for."""
+    return CacheError(
+        f"{root}: no cache here (no {looked_for}); expected a folder that build-cache made"
+    )
+
+
 def record_names(root: Path) -> list[str]:
     """Names of the shards that have a record; whatever else lies beside the records is passed over.
 

@@ -1,7 +1,7 @@
 """What a cache holds: the spec, and nothing about how it is produced.
 
-Two builds with equal specs, teachers and tars give the same content, so the digest of a spec is
-part of every shard's identity. Batch size, device count and workers are not in it.
+Two builds with equal specs, teachers and tars give the same content, so the spec is part of every
+shard's identity. Batch size, device count and workers are not in it.
 """
 
 import dataclasses
@@ -114,11 +114,6 @@ class CacheSpec:
             "logprobs": self.logprobs,
         }  # fmt: skip
         return {name: signal.encoding for name, signal in signals.items() if signal is not None}
-
-    @property
-    def digest(self) -> str:
-        """sha256 over the canonical JSON of the spec, hexadecimal."""
-        return canonical_digest(self.to_dict())
 
 
 def canonical_digest(values: object) -> str:

@@ -52,7 +52,7 @@ def _check(name: str, values: Tensor) -> None:
     encoding = ENCODINGS[name]
     if not values.numel():
         return
-    low, high = (float(bound) for bound in values.aminmax())
+    low, high = torch.stack(values.aminmax()).tolist()  # one wait for the device, not two
     limit = float(torch.finfo(torch.float16).max) if encoding.bits == 16 else LARGEST
     if not (low > float("-inf") and high < float("inf")):  # NaN compares false
         raise ValueError("holds NaN or infinity")

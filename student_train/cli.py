@@ -5,30 +5,33 @@ from pathlib import Path
 
 import click
 
-from shared.console import Command, configure_logging, is_main_process
-
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_FILE = click.Path(path_type=Path, dir_okay=False)
+from shared.console import (
+    AS_JSON,
+    DATA,
+    FILE,
+    FOLDER,
+    VISION_TOWER,
+    Command,
+    configure_logging,
+    is_main_process,
+)
 
 
 @click.command(cls=Command, name="train-student")
 @click.option(
-    "--cache", type=_FOLDER,
+    "--cache", type=FOLDER,
     help="Teacher cache made by build-cache. Without it: plain supervised training.",
 )  # fmt: skip
-@click.option(
-    "--data", required=True, multiple=True,
-    help="Tars: a path, a brace range ('t-{000..099}.tar') or a glob, in quotes. Repeatable.",
-)  # fmt: skip
+@DATA
 @click.option(
     "--student", required=True,
     help="MobileVLM V2 folder or hub id; or a Llama, which gets a fresh projector.",
 )  # fmt: skip
-@click.option("--vision-tower", help="CLIP folder or hub id.  [default: the student's config says]")
+@VISION_TOWER
 @click.option(
-    "--adapters", type=_FILE, help="Adapters of an earlier stage (RUN/adapters.safetensors)."
+    "--adapters", type=FILE, help="Adapters of an earlier stage (RUN/adapters.safetensors)."
 )
-@click.option("--out", required=True, type=_FOLDER, help="The run: checkpoints, logs, export.")
+@click.option("--out", required=True, type=FOLDER, help="The run: checkpoints, logs, export.")
 @click.option(
     "--recipe", default="stage2", show_default=True,
     help="YAML file, or a shipped recipe: stage1, stage2.",
@@ -44,9 +47,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "template, tokenizer, image_processor.settings, tar, probe, .... Kept in run.json and the "
     "export.",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
+@click.option(
+    "--resume", is_flag=True,
+    help="Continue the run in --out from its last checkpoint; begin it if there is none, so that "
+    "a batch job can always say so.",
+)  # fmt: skip
 @click.option("--cpu", is_flag=True, help="Do not use a GPU even if there is one.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@AS_JSON
 def train_student(
     cache: Path | None, data: tuple[str, ...], student: str, vision_tower: str | None,
     adapters: Path | None, out: Path, recipe: str, settings: tuple[str, ...],

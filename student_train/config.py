@@ -28,7 +28,8 @@ _AT_LEAST_ONE = (
 class LossConfig:
     """Weights of the loss `sup + kl L_rkl + attention L_attn + vision (L_v_all + L_v_focus)`.
 
-    They count only with `--cache`; a weight of 0 leaves the signal unread.
+    They count only with `--cache`; a weight of 0 leaves the signal unread (attention is read for
+    L_v_focus too).
     """
 
     kl: float = 1.0

@@ -6,8 +6,8 @@ length grouping works on one cache, and a resumed run goes on with the very next
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -100,20 +100,29 @@ class TrainingBatch:
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """The same batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
+    def pin_memory(self) -> "TrainingBatch":
+        """The same batch in memory that a GPU fetches while the CPU goes on; DataLoader asks."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
             if isinstance(value, Mapping):
-                return {key: move(item) for key, item in value.items()}
-            return None if value is None else value.to(device, non_blocking=True)
+                return {key: changed(item) for key, item in value.items()}
+            if isinstance(value, SequenceBatch | Targets):
+                return replace(
+                    value, **{f.name: changed(getattr(value, f.name)) for f in fields(value)}
+                )
+            return value
 
-        targets = self.targets and Targets(
-            **{f.name: move(getattr(self.targets, f.name)) for f in fields(self.targets)}
-        )
-        return TrainingBatch(
-            sequences=self.sequences.to(device),
-            pixels=move(self.pixels),
-            targets=targets,
-            skipped=self.skipped,
+        return replace(
+            self,
+            sequences=changed(self.sequences),
+            pixels=change(self.pixels),
+            targets=changed(self.targets),
         )
 
 
@@ -314,10 +323,11 @@ def micro_batches(
     # batch_size None: the set makes whole batches itself.
     loader: DataLoader[TrainingBatch | ProjectError] = DataLoader(
         _ErrorsAsValues(training_set),  # type: ignore[arg-type]
-        sampler=list(plan()),
+        sampler=plan(),  # gone through once
         batch_size=None,
         num_workers=recipe.workers,
         prefetch_factor=4 if recipe.workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
     return _steps(iter(loader), each)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder
-from shared.console import Command, configure_logging
+from shared.console import FOLDER, Command, configure_logging
 from shared.images import ImageProcessor
 from shared.mobilevlm import load_model
 from shared.samples import expand_tars
@@ -263,12 +263,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
 @click.command(cls=Command)
-@click.option("--exact", required=True, type=_FOLDER, help="Exact cache of some samples.")
-@click.option("--cache", required=True, type=_FOLDER, help="The cache.")
+@click.option("--exact", required=True, type=FOLDER, help="Exact cache of some samples.")
+@click.option("--cache", required=True, type=FOLDER, help="The cache.")
 @click.option("--data", required=True, multiple=True, help="Tars of those samples. Repeatable.")
 @click.option("--device", required=True, help="Where the students run.")
 @click.option("--student", "students", required=True, multiple=True, help="Folder, hub id or run.")

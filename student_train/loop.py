@@ -83,7 +83,8 @@ def train(
             watch.check(step, terms, micro)
             rate = float(scheduler.get_last_lr()[0])
             optimizer.step()
-            scheduler.step()
+            if not accelerator.optimizer_step_was_skipped:  # float16 overflowed: the scaler retries
+                scheduler.step()
             optimizer.zero_grad()
             watch.step(step, terms, float(norm), rate, recipe.global_batch)
             due = recipe.eval_every and step % recipe.eval_every == 0
@@ -106,6 +107,8 @@ def make_accelerator(recipe: Recipe, *, cpu: bool) -> Accelerator:
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[recipe.precision]
     # A micro-batch of text only uses neither the projector nor the adapters.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # What is to be float32 is: convolutions (an adapter is one) would round to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[unused])
     if mixed == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("precision float16 needs a GPU; on the CPU use bfloat16 or float32")

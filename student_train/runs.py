@@ -49,11 +49,16 @@ class RunFolder:
         Raises:
             TrainingError: it does.
         """
-        if self._settings.is_file():
+        if self.exists:
             raise TrainingError(
                 f"{self.path}: holds a run already; --resume continues it, another --out starts a "
                 "new one"
             )
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return self._settings.is_file()
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to go on with a run that began with something else.
@@ -64,7 +69,7 @@ class RunFolder:
         Raises:
             TrainingError: names up to three differing values, both sides.
         """
-        if not self._settings.is_file():
+        if not self.exists:
             return
         changed = [
             f"{name} was {old!r} and is {new!r} now"
@@ -81,7 +86,7 @@ class RunFolder:
 
     def code_with(self, code: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """Every code that the run was made by, in order, `code` being what goes on with it."""
-        before = _read_settings(self._settings).get("code") if self._settings.is_file() else None
+        before = _read_settings(self._settings).get("code") if self.exists else None
         known = before if isinstance(before, list) else []
         return known if known and known[-1] == code else [*known, code]
 

@@ -70,6 +70,8 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     run = RunFolder(out)
     if not resume:
         run.check_free()
+    elif not run.exists and accelerator.is_main_process:
+        log.warning("%s: no run to resume here, a new one begins", out)
     torch.manual_seed(recipe.seed)
     folder = ModelFolder(inputs.student)
     cache = open_cache(inputs.cache) if inputs.cache else None

@@ -237,6 +237,14 @@ def _offsets(name: str, *edges: int) -> Callable[[Forge], None]:
     return lambda forge: forge.write_array(name, np.array(edges, dtype=np.int64))
 
 
+def _top_ids_of(forge: Forge, change: Callable[[Any], Any]) -> None:
+    """Other second ids."""
+    ids: Any = zarr.open_group(str(forge.data), mode="r")["top_ids"]
+    values = ids[...]
+    values[:, 1:2] = change(values)
+    forge.write_array("top_ids", values)
+
+
 def _larger_vocabulary(forge: Forge) -> None:
     """The likeliest tokens that are stored are not all any more: the rest's mass must be there."""
     for path in forge.root.glob("records/*.json"):
@@ -519,6 +527,8 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "vision tokens of another width": _zeros("vision_tokens", "float32", 2, 144, 5),
     "attention of one axis": _zeros(ARRAY, "float32", 50),
     "top ids of one axis": _zeros("top_ids", "uint16", 50),
+    "top ids: one token twice": lambda f: _top_ids_of(f, lambda ids: ids[:, :1]),
+    "top ids: a token beyond the vocabulary": lambda f: _top_ids_of(f, lambda _: 60_000),
     "no rest of the log-probabilities": _larger_vocabulary,
     "rows beyond the record's lengths": lambda f: f.edit(
         lambda v: v.update(lengths=[1] * len(v["keys"]))

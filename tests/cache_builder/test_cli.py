@@ -163,6 +163,36 @@ def test_a_dry_run_predicts_the_sizes_that_a_build_stores(tmp_path: Path) -> Non
     assert edges < 0.001 * whole
 
 
+def test_a_dry_run_counts_an_image_in_every_tar_that_shows_it(tmp_path: Path) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", sample(f"{name}0"), sample(f"{name}1"))
+
+    found = dry(tmp_path, tmp_path / "[ab].tar")
+
+    units = {s["signal"]: s["units"] for s in found["signals"]}  # type: ignore[attr-defined]
+    assert units["vision tokens"] == units["image digests"] == 2
+
+
+def test_a_dry_run_leaves_out_what_is_built(tmp_path: Path) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", sample(name))
+    command(tmp_path / "cache", tmp_path / "a.tar", FULL)
+
+    result = command(tmp_path / "cache", tmp_path / "[ab].tar", FULL, TEACHER, "--dry-run")
+
+    assert f"1 of 2 tars have their shard in {tmp_path / 'cache'} already" in result.stdout
+    assert "dry run: 1 samples in 1 tars" in result.stdout
+
+
+def test_a_dry_run_refuses_tars_that_cannot_be_read(tmp_path: Path, tar: Path) -> None:
+    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[:700])
+
+    line = error_line(command(tmp_path / "cache", tmp_path / "*.tar", FULL, TEACHER, "--dry-run"))
+
+    assert "1 of 2 tars cannot be read" in line
+    assert "cut.tar" in line
+
+
 def test_a_dry_run_names_what_would_be_skipped(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "t.tar", sample("good"), sample("bad", b"{"))
 

@@ -435,10 +435,11 @@ def test_repair_with_another_teacher_is_refused_before_anything_is_touched(
     assert snapshot(root) == before
 
 
-def test_repair_without_the_tar_says_so_after_taking_the_shard_out(
+def test_repair_without_the_tar_says_so_before_taking_the_shard_out(
     root: Path, packed_tars: list[Path]
 ) -> None:
     flip(data(root) / "labels" / "c" / "0")
+    before = sorted(root.rglob("*"))
 
     code, _, stderr = run(
         "repair", root, "--teacher", TEACHER, "--vision-tower", CLIP, "--data", packed_tars[0],
@@ -446,7 +447,8 @@ def test_repair_without_the_tar_says_so_after_taking_the_shard_out(
     )  # fmt: skip
 
     assert code == 1
-    assert f"1 tars to rebuild are not in --data: {BAD}.tar" in stderr
+    assert f"1 tars to rebuild are not in --data: {BAD}.tar. Nothing was taken out" in stderr
+    assert sorted(root.rglob("*")) == before
     assert run("repair", root, "--teacher", TEACHER)[0] == 2
 
 

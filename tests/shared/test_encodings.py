@@ -25,6 +25,7 @@ FITTED = ["sqrt6", "sqrt4", "channel6", "channel4"]
 STEPS_OFF = {name: 1 if name in FITTED else 0.5 for name in [*ROOTS, "logprob8", *CHANNELS]}
 "Largest error in steps of the range scale, as the pages in cache_specs/encodings/ have it."
 TINY = float(np.finfo(np.float32).tiny)
+LARGEST = float(np.nextafter(np.float32(tensor_encodings.LARGEST), np.float32(0)))
 
 Values = npt.NDArray[np.float32]
 
@@ -75,12 +76,12 @@ def test_float16_is_within_half_a_unit_in_the_last_place(given_: Values) -> None
 
 
 @pytest.mark.parametrize("name", ROOTS)
-@given(given_=values(0, 1, (2, 3, 8)))
+@given(given_=values(0, 1, (2, 3, 8)) | values(0, LARGEST, (2, 3, 8)))
 def test_roots_are_within_the_documented_bound(name: str, given_: Values) -> None:
     assert_roots_within_bound(name, given_, decode(name, encode(name, given_)))
 
 
-@given(given_=values(-90, 0, (4, 6)))
+@given(given_=values(-90, 0, (4, 6)) | values(-LARGEST, 0, (4, 6)))
 def test_log_probabilities_are_within_the_documented_bound(given_: Values) -> None:
     found = decode("logprob8", encode("logprob8", given_))
 
@@ -98,7 +99,7 @@ def assert_roots_within_bound(name: str, given_: Values, found: Values) -> None:
 
 
 @pytest.mark.parametrize("name", CHANNELS)
-@given(given_=values(-1e4, 1e4, (2, 5, 4)))
+@given(given_=values(-1e4, 1e4, (2, 5, 4)) | values(-LARGEST, LARGEST, (2, 5, 4)))
 def test_channels_are_within_the_documented_bound(name: str, given_: Values) -> None:
     found = decode(name, encode(name, given_))
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import CacheError, DamagedError, MismatchError
+from shared.errors import CacheError, DamagedError, InputError, MismatchError
 from shared.plan import plan_file, plan_names, read_plan
 from shared.record import (
     ShardRecord,
@@ -284,7 +284,7 @@ def test_a_tar_gives_its_shard_its_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", [".tar", "-a.tar", "a b.tar", "é.tar", "a" * 201, ".a.tar", "a\n"])
 def test_a_name_that_no_shard_can_have_is_refused(name: str) -> None:
-    with pytest.raises(CacheError, match="rename it"):
+    with pytest.raises(InputError, match="rename it"):
         shard_name(Path(name))
 
 

@@ -1,12 +1,12 @@
 """A stranger's cache is data only: every kind of forgery is one of our errors, in one line."""
 
 import json
-import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from benchmarks.bit_flips import flip_bits
@@ -123,32 +123,4 @@ def test_a_real_record_and_plan_have_the_form_of_their_schemas(cache_path: Path)
     for folder in ("records", "plans"):
         found = schema(folder.removesuffix("s"))
         for path in (cache_path / folder).iterdir():
-            check_form(json.loads(path.read_text()), found, found.get("$defs", {}))
-
-
-def check_form(value: Any, form: dict[str, Any], known: dict[str, Any]) -> None:
-    """The part of JSON Schema that ours use."""
-    if "$ref" in form:
-        form = known[form["$ref"].rpartition("/")[2]]
-    if "anyOf" in form:
-        form = form["anyOf"][value is None]
-        form = known[form["$ref"].rpartition("/")[2]] if "$ref" in form else form
-    types = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
-    if "type" in form:
-        assert type(value) is types[form["type"]], (value, form)
-    assert value == form.get("const", value)
-    assert value in form.get("enum", [value])
-    if isinstance(value, dict):
-        assert set(form.get("required", ())) <= set(value)
-        for key, item in value.items():
-            assert re.search(form.get("propertyNames", {}).get("pattern", ""), key)
-            inner = form.get("properties", {}).get(key, form.get("additionalProperties", {}))
-            assert inner is not False, key
-            check_form(item, inner, known)
-    elif isinstance(value, list):
-        for item in value:
-            check_form(item, form.get("items", {}), known)
-    elif isinstance(value, str):
-        assert re.search(form.get("pattern", ""), value)
-    elif isinstance(value, int):
-        assert form.get("minimum", value) <= value <= form.get("maximum", value)
+            jsonschema.validate(json.loads(path.read_text()), found)

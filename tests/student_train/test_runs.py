@@ -242,6 +242,16 @@ def test_code_is_named_by_version_and_revision_of_its_checkout(tmp_path: Path) -
     assert code_identity(tmp_path)["revision"] == f"{clean}-dirty"
 
 
+def test_resume_begins_a_run_where_there_is_none_and_says_so(
+    tars: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = train(tmp_path / "run", tars, None, "--resume", max_steps=1)
+
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'run'}: no run to resume here, a new one begins" in caplog.text
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
+
+
 @pytest.mark.usefixtures("_one_thread")
 def test_other_code_may_resume_a_run_and_is_written_down_too(
     undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path

@@ -28,10 +28,11 @@ from shared.mobilevlm import load_model
 from shared.spec import CacheSpec
 from shared.strict import build
 from shared.tokenizer import load_tokenizer
+from student_train.batch import TrainingBatch
 from student_train.config import Recipe
-from student_train.data import TrainingBatch, TrainingSet, load_training_set
 from student_train.loop import make_optimizer
 from student_train.student import AlignedStudent, TeacherShape
+from student_train.training_set import TrainingSet, load_training_set
 
 SPEC = Path(__file__).parents[1] / "cache_specs" / "default.yaml"
 RECIPE = {

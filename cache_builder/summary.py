@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.plan import plan_names, read_plan
+from shared.plan import plan_files, read_plan
 from shared.record import no_cache, read_records, sizes_by_array, spec_of
 
 _SIGNALS = {
@@ -58,7 +58,7 @@ def summarise(root: Path) -> Summary:
         DamagedError: a record or plan cannot be read.
     """
     records = read_records(root)
-    planned = {name for file in plan_names(root) for name in read_plan(root, file)}
+    planned = {name for file in plan_files(root) for name in read_plan(root, file)}
     if not records and not planned:
         raise no_cache(root, "records or plans")
     specs = [spec_of(record) for record in records.values()]

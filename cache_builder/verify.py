@@ -15,7 +15,7 @@ from cache_builder.values import wrong_digests, wrong_value
 from shared.cache import Cache, open_cache
 from shared.errors import CacheError, DamagedError, MismatchError
 from shared.inside import Entry, open_inside, walk_inside
-from shared.plan import plan_names, read_plan
+from shared.plan import plan_files, read_plan
 from shared.probe import compare_image, read_probe
 from shared.reader import ShardReader
 from shared.record import RECORDS, ShardRecord, differences, no_cache, record_names
@@ -137,7 +137,7 @@ def _load_records(root: Path) -> tuple[dict[str, ShardRecord], list[Problem]]:
 def _load_plans(root: Path) -> tuple[set[str], list[Problem]]:
     planned: set[str] = set()
     problems = []
-    for file in plan_names(root):
+    for file in plan_files(root):
         try:
             planned |= set(read_plan(root, file))
         except CacheError as error:

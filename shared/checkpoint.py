@@ -11,7 +11,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -147,7 +147,9 @@ class ModelFolder:
         yield from ((name, loaded[name]) for name in names)
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], form: str) -> None:
+def write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], form: Literal["bin", "safetensors"]
+) -> None:
     """`pytorch_model.bin` (what the original code and llama.cpp read) or `model.safetensors`.
 
     Args:

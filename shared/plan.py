@@ -31,7 +31,7 @@ class _Plan:
             raise ValueError("a name in it is no shard's")
 
 
-def plan_names(root: Path) -> list[str]:
+def plan_files(root: Path) -> list[str]:
     """Files of the plans, relative to the cache.
 
     Raises:

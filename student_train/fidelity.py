@@ -27,10 +27,12 @@ from shared.images import ImageProcessor
 from shared.mobilevlm import load_model
 from shared.samples import expand_tars
 from shared.tokenizer import load_tokenizer
+from student_train.batch import TrainingBatch
 from student_train.config import Recipe, load_recipe
-from student_train.data import TrainingBatch, TrainingSet, load_training_set, micro_batches
+from student_train.plan import micro_batches
 from student_train.setup import Inputs, check_fit, make_student
 from student_train.student import TERMS, AlignedStudent
+from student_train.training_set import TrainingSet, load_training_set
 
 Gradient = dict[str, Tensor]
 "Parameter -> gradient; what a loss does not reach is left out."
@@ -279,7 +281,7 @@ def main(
     """Print a JSON list with the report on each student."""
     configure_logging(verbose=False)
     # That --data holds samples which the exact cache does not is as it should be.
-    logging.getLogger("student_train.data").setLevel(logging.ERROR)
+    logging.getLogger("student_train.training_set").setLevel(logging.ERROR)
     chosen, ours, theirs = load_recipe(recipe, settings), open_cache(exact), open_cache(cache)
     reports = []
     for name in students:

@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from shared.errors import ConfigError, TrainingError
+from student_train.batch import TrainingBatch
 from student_train.config import Recipe
-from student_train.data import TrainingBatch, TrainingSet, micro_batches
 from student_train.evaluate import HeldOutSet, Scores
+from student_train.plan import micro_batches
 from student_train.runs import RunFolder
 from student_train.student import TERMS, AlignedStudent
+from student_train.training_set import TrainingSet
 from student_train.watch import Watch
 
 log = logging.getLogger(__name__)

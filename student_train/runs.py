@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -129,7 +129,12 @@ class RunFolder:
 
 
 def export_student(
-    model: MobileVLM, source: Path, folder: Path, *, form: str, lineage: Mapping[str, Any]
+    model: MobileVLM,
+    source: Path,
+    folder: Path,
+    *,
+    form: Literal["bin", "safetensors"],
+    lineage: Mapping[str, Any],
 ) -> None:
     """Write the student in the published layout: names, keys and config fields.
 

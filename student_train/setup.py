@@ -19,7 +19,6 @@ from shared.samples import expand_tars
 from shared.spec import canonical_digest
 from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
 from student_train.config import Recipe
-from student_train.data import load_training_set
 from student_train.evaluate import HeldOutSet
 from student_train.lineage import code_identity
 from student_train.loop import Outcome, make_accelerator, train
@@ -32,6 +31,7 @@ from student_train.runs import (
     save_adapters,
 )
 from student_train.student import AlignedStudent, TeacherShape
+from student_train.training_set import load_training_set
 
 log = logging.getLogger(__name__)
 

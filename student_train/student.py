@@ -17,8 +17,8 @@ from shared.errors import ConfigError
 from shared.mobilevlm import MobileVLM
 from shared.spec import CacheSpec
 from shared.tensor_encodings import decode
+from student_train.batch import Targets, TrainingBatch
 from student_train.config import LossConfig
-from student_train.data import Targets, TrainingBatch
 from student_train.losses import (
     attention_mse,
     cross_entropy,

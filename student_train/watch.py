@@ -11,7 +11,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from shared.errors import TrainingError
-from student_train.data import TrainingBatch
+from student_train.batch import TrainingBatch
 from student_train.evaluate import Scores
 from student_train.runs import RunFolder
 

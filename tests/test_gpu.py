@@ -13,8 +13,8 @@ from shared.cache import Cache, open_cache
 from shared.encodings import ENCODINGS
 from shared.spec import CacheSpec
 from shared.tensor_encodings import decode, encode
-from student_train.data import TrainingSet
 from student_train.losses import cross_entropy_and_topk_kl
+from student_train.training_set import TrainingSet
 from tests.student_train.support import aligned, batches_of, recipe, training_set
 from tests.support import CLIP, FULL, TEACHER
 

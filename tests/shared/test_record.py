@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import CacheError, DamagedError, InputError, MismatchError
-from shared.plan import plan_file, plan_names, read_plan
+from shared.plan import plan_file, plan_files, read_plan
 from shared.record import (
     ShardRecord,
     Skipped,
@@ -252,7 +252,7 @@ def test_a_plan_is_named_by_its_digest_and_every_flip_is_found(tmp_path: Path) -
     (tmp_path / "plans").mkdir()
     path = tmp_path / file
     path.write_bytes(content)
-    assert plan_names(tmp_path) == [file]
+    assert plan_files(tmp_path) == [file]
     assert read_plan(tmp_path, file) == ("a", "b")
 
     for position in range(8 * len(content)):

@@ -20,11 +20,12 @@ from shared.images import ImageProcessor
 from shared.mobilevlm import load_model
 from shared.strict import build
 from shared.tokenizer import load_tokenizer
+from student_train.batch import TrainingBatch
 from student_train.cli import train_student
 from student_train.config import Recipe
-from student_train.data import TeacherSource, TrainingBatch, TrainingSet, load_training_set
 from student_train.loop import make_accelerator
 from student_train.student import AlignedStudent, TeacherShape
+from student_train.training_set import TeacherSource, TrainingSet, load_training_set
 from tests.support import ATTENTION, CLIP, FULL, REFERENCE, annotation, invoke, png, sample
 
 STUDENT = REFERENCE / "student"

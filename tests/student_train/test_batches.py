@@ -13,8 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from shared.cache import Cache
-from student_train.data import TrainingSet, micro_batches, plan_epoch
+from student_train.plan import micro_batches, plan_epoch
 from student_train.student import TERMS
+from student_train.training_set import TrainingSet
 from tests.student_train.support import (
     aligned,
     batches_of,

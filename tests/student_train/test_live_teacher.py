@@ -16,9 +16,9 @@ from shared.cache import Cache, EncodedBatch, Signal
 from shared.samples import TarIndex, index_tar
 from shared.spec import CacheSpec
 from student_train.config import Recipe
-from student_train.data import TeacherSource
 from student_train.loop import make_accelerator, train
 from student_train.runs import RunFolder
+from student_train.training_set import TeacherSource
 from tests.student_train.support import (
     SPEC,
     aligned,

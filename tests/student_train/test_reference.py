@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from shared.cache import Cache, open_cache
 from shared.tensor_encodings import decode
-from student_train.data import TrainingBatch
+from student_train.batch import TrainingBatch
 from student_train.losses import focused_vision
 from student_train.student import AlignedStudent
 from tests.student_train.support import aligned, recipe, training_set

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared.cache import Cache
-from student_train.data import TrainingSet
 from student_train.student import TERMS
+from student_train.training_set import TrainingSet
 from tests.student_train.support import (
     aligned,
     batches_of,

@@ -1,26 +1,22 @@
-"""Training data: what is in the tars and the cache, planned into batches, read in any order.
-
-Batches are planned from an index (key, length, image or not), so any shuffle, seed, world size and
-length grouping works on one cache, and a resumed run goes on with the very next sample.
-"""
+"""What can be trained on: samples of the tars, and what a cache has of them, read in any order."""
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Int, Int32, Shaped
+from jaxtyping import Int32
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from shared.cache import EncodedBatch, Signal
-from shared.errors import MismatchError, ProjectError, TrainingError, UnusableSample
+from shared.errors import MismatchError, TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
 from shared.prompt import Prompt, build_prompt
@@ -30,6 +26,7 @@ from shared.sequence import SequenceBatch, pad_sequences
 from shared.spec import CacheSpec, canonical_digest
 from shared.strict import shown
 from shared.tokenizer import Tokenizer
+from student_train.batch import Targets, TrainingBatch
 from student_train.config import LossConfig, Recipe
 
 log = logging.getLogger(__name__)
@@ -56,74 +53,6 @@ class TeacherSource(Protocol):
     def read_batch(self, keys: Sequence[str], signals: Collection[Signal]) -> EncodedBatch:
         """Sequences and the named signals of some samples, as they are stored."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """Teacher signals of one batch as they are stored: decoded where the student is.
-
-    Stored arrays come by suffix, as `shared.tensor_encodings.decode` takes them. A signal that is
-    not used is empty or None.
-    """
-
-    attention: dict[int, dict[str, Shaped[Tensor, "N Q teacher_head ..."]]]
-    "Teacher layer -> A_tv of the samples with an image; padded rows decode to zero."
-    vision_tokens: dict[str, Shaped[Tensor, "N ..."]]
-    "Projected vision tokens of the samples with an image."
-    top_ids: Shaped[Tensor, "R K"] | None
-    "Likeliest tokens at the batch's response positions, sample by sample."
-    top_logprobs: dict[str, Shaped[Tensor, "R ..."]]
-    "Their log-probabilities in nats."
-    rest_logprobs: Float[Tensor, " R"] | None
-    "Log of the mass outside the top k; None if k is the vocabulary."
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingBatch:
-    """One micro-batch."""
-
-    sequences: SequenceBatch
-    "Ids, labels, vision spans."
-    pixels: Float[Tensor, "N 3 S S"]
-    "Images of the samples that have one, in batch order."
-    targets: Targets | None
-    "Teacher signals; None in plain supervised training."
-    skipped: tuple[Skipped, ...]
-    "Samples that were to be in the batch but have a broken image."
-
-    @property
-    def row_mask(self) -> Bool[Tensor, "N Q"]:
-        """True for real text rows of the samples with an image."""
-        rows = self.sequences.num_text_rows[self.sequences.with_image]
-        longest = int(rows.max()) if len(rows) else 0
-        return torch.arange(longest, device=rows.device) < rows[:, None]
-
-    def to(self, device: torch.device) -> "TrainingBatch":
-        """The same batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "TrainingBatch":
-        """The same batch in memory that a GPU fetches while the CPU goes on; DataLoader asks."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
-        def changed(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return change(value)
-            if isinstance(value, Mapping):
-                return {key: changed(item) for key, item in value.items()}
-            if isinstance(value, SequenceBatch | Targets):
-                return replace(
-                    value, **{f.name: changed(getattr(value, f.name)) for f in fields(value)}
-                )
-            return value
-
-        return replace(
-            self,
-            sequences=changed(self.sequences),
-            pixels=change(self.pixels),
-            targets=changed(self.targets),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,93 +202,6 @@ def load_training_set(
         source=source,
         tars={index.path.name: index.sha256 for index in indexes},
     )
-
-
-def plan_epoch(
-    lengths: Int[np.ndarray, " samples"], recipe: Recipe, epoch: int
-) -> Int[np.ndarray, "steps global_batch"]:
-    """Sample numbers of each global batch of one epoch; a function of its arguments alone.
-
-    A last batch that is not full is left out; another epoch leaves out other samples.
-    """
-    random = np.random.default_rng((recipe.seed, epoch))
-    order = random.permutation(len(lengths))
-    steps = len(lengths) // recipe.global_batch
-    order = order[: steps * recipe.global_batch]
-    if recipe.group_by_length:
-        pool = 50 * recipe.global_batch  # sorted within pools, so that batches stay random
-        order = np.concatenate(
-            [
-                part[np.argsort(-lengths[part], kind="stable")]
-                for part in np.split(order, range(pool, len(order), pool))
-            ]
-        )
-        return random.permutation(order.reshape(steps, recipe.global_batch))
-    return order.reshape(steps, recipe.global_batch)
-
-
-def micro_batches(
-    training_set: TrainingSet, *, first_step: int, last_step: int, rank: int, world: int
-) -> Iterator[list[TrainingBatch]]:
-    """This process's micro-batches, step by step, from `first_step` on.
-
-    Worker processes are started by the call, not by the first step: what is forked then has no
-    threads of logs and progress bars yet, whose locks a child would inherit as they are.
-    """
-    recipe = training_set.recipe
-    each = recipe.global_batch // recipe.micro_batch // world
-
-    def plan() -> Iterator[list[int]]:
-        per_epoch = len(training_set) // recipe.global_batch
-        epoch, batches = -1, np.empty((0, 0), dtype=np.int64)
-        for step in range(first_step, last_step):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                batches = plan_epoch(training_set.lengths, recipe, epoch)
-            mine = batches[step % per_epoch][rank::world]
-            for part in mine.reshape(each, recipe.micro_batch):
-                yield part.tolist()
-
-    # batch_size None: the set makes whole batches itself.
-    loader: DataLoader[TrainingBatch | ProjectError] = DataLoader(
-        _ErrorsAsValues(training_set),  # type: ignore[arg-type]
-        sampler=plan(),  # gone through once
-        batch_size=None,
-        num_workers=recipe.workers,
-        prefetch_factor=4 if recipe.workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return _steps(iter(loader), each)
-
-
-def _steps(
-    batches: Iterator[TrainingBatch | ProjectError], each: int
-) -> Iterator[list[TrainingBatch]]:
-    step: list[TrainingBatch] = []
-    for batch in batches:
-        if isinstance(batch, ProjectError):
-            raise batch
-        step.append(batch)
-        if len(step) == each:
-            yield step
-            step = []
-
-
-@dataclass(frozen=True)
-class _ErrorsAsValues(Dataset[list[int]]):
-    """Hands our own errors over as values: raised in a worker process, one would come out with the
-    worker's traceback for its message.
-    """
-
-    batches: TrainingSet
-
-    def __getitem__(  # type: ignore[override]
-        self, numbers: Sequence[int]
-    ) -> TrainingBatch | ProjectError:
-        try:
-            return self.batches[numbers]
-        except ProjectError as error:
-            return error
 
 
 def _measure(

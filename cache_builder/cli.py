@@ -173,7 +173,7 @@ def _dry_run(
     folder = ModelFolder(teacher)
     config = read_config(folder, vision_tower)
     check_spec(spec, config)
-    built = set(record_names(out)) if out.is_dir() else set()
+    built = set(record_names(out))
     left = [tar for tar in tars if shard_name(tar) not in built]
     indexes, broken = index_tars(left)
     if broken:

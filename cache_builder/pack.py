@@ -52,8 +52,8 @@ def pack(
         raise ConfigError(f"--prefix {prefix}: expected letters, digits, '.', '_', '-'")
     shard_name(Path(f"{prefix}-000000.tar"))  # what build-cache would refuse
     entries = _read_annotations(annotations)
-    keys = _distinct([_key(entry) for entry in entries])
-    renamed = sum(key != _key(entry) for key, entry in zip(keys, entries, strict=True))
+    ids = [_key(entry) for entry in entries]
+    keys = _distinct(ids)
     samples = [
         _Packed(key=key, annotation=entry, image=_image_path(entry, images))
         for key, entry in zip(keys, entries, strict=True)
@@ -71,7 +71,12 @@ def pack(
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
     distinct = {sample.image for sample in samples if sample.image is not None}
-    return PackReport(tars=len(shards), samples=len(samples), images=len(distinct), renamed=renamed)
+    return PackReport(
+        tars=len(shards),
+        samples=len(samples),
+        images=len(distinct),
+        renamed=sum(key != name for key, name in zip(keys, ids, strict=True)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from shared.console import progress
 from shared.conversation import Conversation
 from shared.errors import TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
@@ -111,9 +111,7 @@ class HeldOutSet:
         model.eval()
         total = Scores()
         mine = self._entries[rank::world]
-        with tqdm(
-            total=len(mine), unit="sample", desc="evaluate", delay=2, disable=rank > 0, leave=False
-        ) as bar:
+        with progress(len(mine), "sample", "evaluate") as bar:
             for start in range(0, len(mine), _BATCH):
                 entries = mine[start : start + _BATCH]
                 samples = self._read(entries)

@@ -136,15 +136,15 @@ class AlignedStudent(nn.Module):
         labels = sequences.labels.roll(-1, 1)[mask]
         # Losses in float32 whatever the forward pass ran in.
         with torch.autocast(embeds.device.type, enabled=False):
-            if targets is None:
-                return {"sup": cross_entropy(logits, labels).sum()}
             terms = self._vocabulary_terms(targets, logits, labels)
-            return terms | self._alignment_terms(batch, targets, vision, caught)
+            if targets is not None:
+                terms |= self._alignment_terms(batch, targets, vision, caught)
+        return terms
 
     def _vocabulary_terms(
-        self, targets: Targets, logits: Tensor, labels: Tensor
+        self, targets: Targets | None, logits: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        if targets.top_ids is None:
+        if targets is None or targets.top_ids is None:
             return {"sup": cross_entropy(logits, labels).sum()}
         top_logprobs = decode(self._encodings["logprobs"], targets.top_logprobs)
         sup, kl = cross_entropy_and_topk_kl(

@@ -112,8 +112,10 @@ def _open_folder(root: Path, path: PurePosixPath) -> Iterator[int]:
                 inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
             except OSError as error:
                 raise _explained(error, root, path) from error
-            os.close(folder)
-            folder = inner
+            # In this order: after Ctrl-C in between, `finally` must not close one twice, which by
+            # then may be another thread's.
+            outer, folder = folder, inner
+            os.close(outer)
         yield folder
     finally:
         os.close(folder)

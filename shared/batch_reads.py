@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.reader import ShardReader
+from shared.stored_array import RowRead
 
 Array = npt.NDArray[Any]
 
@@ -54,7 +55,7 @@ class BatchReads:
 
     def __init__(self, buffers: BatchBuffers) -> None:
         self._buffers = buffers
-        self._reads: list[tuple[str, Rows, Array]] = []
+        self._reads: dict[tuple[str, int], tuple[ShardReader, list[RowRead]]] = {}
         self._copies: list[tuple[Array, Array]] = []
 
     def one_by_one(self, name: str, samples: Sequence[Rows]) -> list[Array]:
@@ -97,14 +98,19 @@ class BatchReads:
         Raises:
             DamagedError: an array is missing or its bytes are not what was written.
         """
-        late = [read for read in self._reads if not _read(*read, wait=False)]
-        for read in late:
-            _read(*read, wait=True)
+        late = [
+            (reader, name, reader.read_into(name, reads, wait=False))
+            for (name, _), (reader, reads) in self._reads.items()
+        ]
+        for reader, name, reads in late:
+            if reads:
+                reader.read_into(name, reads)
         for out, source in self._copies:
             out[...] = source
 
     def _noted(self, name: str, rows: Rows, out: Array) -> Array:
-        self._reads.append((name, rows, out))
+        _, reads = self._reads.setdefault((name, id(rows.reader)), (rows.reader, []))
+        reads.append(RowRead(rows.start, rows.stop, out))
         return out
 
     def _new(self, name: str, rows: Rows) -> Array:
@@ -117,7 +123,3 @@ class BatchReads:
             rows.reader.check_rows(name, rows.start, rows.stop)
         layout = samples[0].reader.layout(name)
         return self._buffers.take(name, (*shape, *layout.shape[1:]), layout.dtype)
-
-
-def _read(name: str, rows: Rows, out: Array, *, wait: bool) -> bool:
-    return rows.reader.read_into(name, rows.start, rows.stop, out, wait=wait)

@@ -5,7 +5,7 @@ per chunk.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from shared.errors import DamagedError
 from shared.expected import Expected
 from shared.inside import Entry, walk_inside
 from shared.record import ShardRecord
-from shared.stored_array import StoredArray, read_file
+from shared.stored_array import RowRead, StoredArray, read_file
 
 Array = npt.NDArray[np.generic]
 
@@ -60,23 +60,28 @@ class ShardReader:
         """
         return self._array(name).layout
 
-    def read_into(self, name: str, start: int, stop: int, out: Array, *, wait: bool = True) -> bool:
-        """Rows `start` to `stop` of an array's first axis into a contiguous buffer.
+    def read_into(self, name: str, reads: Sequence[RowRead], *, wait: bool = True) -> list[RowRead]:
+        """Rows of an array, each into its contiguous buffer.
 
         Args:
             wait: for the disk; otherwise as `StoredArray.read_into` says.
+
+        Returns:
+            Reads that would have waited for the disk.
 
         Raises:
             DamagedError: the array is missing or its bytes are not what was written.
         """
         array = self._array(name)
-        if out.dtype != array.layout.dtype or out.shape != (stop - start, *array.layout.shape[1:]):
-            raise self.damaged(
-                f"{name} has rows of {array.layout.dtype} {list(array.layout.shape[1:])}, expected "
-                f"{out.dtype} {list(out.shape[1:])}"
-            )
+        dtype, row = array.layout.dtype, array.layout.shape[1:]
+        for start, stop, out in reads:
+            if out.dtype != dtype or out.shape != (stop - start, *row):
+                raise self.damaged(
+                    f"{name} has rows of {dtype} {list(row)}, expected {out.dtype} "
+                    f"{list(out.shape[1:])}"
+                )
         try:
-            return array.read_into(start, stop, out, wait=wait)
+            return array.read_into(reads, wait=wait)
         except (ValueError, OSError) as error:
             raise self.damaged(f"{name}/{array.layout.file}: {_reason(error)}") from error
 
@@ -97,7 +102,7 @@ class ShardReader:
         self.check_rows(name, start, stop)
         layout = self.layout(name)
         out = np.empty((stop - start, *layout.shape[1:]), dtype=layout.dtype)
-        self.read_into(name, start, stop, out)
+        self.read_into(name, [RowRead(start, stop, out)])
         return out
 
     def whole(self, name: str) -> Array:

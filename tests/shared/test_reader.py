@@ -23,8 +23,9 @@ from shared.array_layout import ArrayLayout
 from shared.batch_reads import BatchBuffers
 from shared.cache import Cache, open_cache
 from shared.encodings import decode
+from shared.raw_chunks import RawChunks
 from shared.store import put_array
-from shared.stored_array import StoredArray
+from shared.stored_array import RowRead, StoredArray
 
 AXES = ("query", "head", "vision")
 compress = zstandard.ZstdCompressor().compress
@@ -45,7 +46,7 @@ def opened(folder: Path) -> StoredArray:
 
 def rows(array: StoredArray, start: int, stop: int) -> npt.NDArray[Any]:
     out = np.full((stop - start, *array.layout.shape[1:]), 77, dtype=array.layout.dtype)
-    array.read_into(start, stop, out)
+    array.read_into([RowRead(start, stop, out)])
     return out
 
 
@@ -119,19 +120,32 @@ def test_a_bit_that_flipped_is_found_also_where_zstd_left_bytes_as_they_are(
     rows(flipped, 4, 7)
 
 
-def test_a_frame_of_other_blocks_than_its_size_suggests_is_read(
-    forged: Callable[[bytes], StoredArray],
-) -> None:
-    """Two raw blocks where one would do: three bytes more, which could be a longer header."""
-    values = np.random.default_rng(0).integers(0, 9, (3, 4, 6)).astype(np.float32)
+@pytest.mark.parametrize("size", [2**15, 2**16 + 255, 2**16 + 256, 2**17, 2**17 + 1, 2**18])
+def test_framing_is_told_as_zstd_writes_it(size: int) -> None:
+    content = np.random.default_rng(0).bytes(size)
+    blocks = [content[begin : begin + 2**17] for begin in range(0, size, 2**17)]
+
+    frames = RawChunks.of(size).frames
+
+    joined = b"".join(frame + block for frame, block in zip(frames, blocks, strict=True))
+    assert joined == zstandard.ZstdCompressor(-1).compress(content)
+
+
+def test_a_frame_of_other_blocks_in_as_many_bytes_is_read(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (1, 2**17 + 100), dtype=np.uint8)
+    written = stored(tmp_path, values)
     content = values.tobytes()
     frame = (
-        b"\x28\xb5\x2f\xfd\x60" + struct.pack("<H", 288 - 256)
+        b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", len(content))
         + (100 << 3).to_bytes(3, "little") + content[:100]
-        + (188 << 3 | 1).to_bytes(3, "little") + content[100:]
+        + (2**17 << 3 | 1).to_bytes(3, "little") + content[100:]
     )  # fmt: skip
+    written.path.write_bytes(shard(frame))
 
-    assert (rows(forged(shard(frame)), 0, 3) == values).all()
+    array = opened(tmp_path / "a")
+
+    assert (array.edges == written.edges).all()
+    assert (rows(array, 0, 1) == values).all()
 
 
 def test_rows_that_are_not_in_memory_are_asked_for_and_read_later(
@@ -144,9 +158,9 @@ def test_rows_that_are_not_in_memory_are_asked_for_and_read_later(
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     out = np.zeros_like(values)
 
-    read = array.read_into(0, 7, out, wait=False)
-    assert (out == values).all() or not read
-    array.read_into(0, 7, out)
+    late = array.read_into([RowRead(0, 7, out)], wait=False)
+    assert (out == values).all() or late
+    array.read_into(late)
     assert (out == values).all()
 
 
@@ -155,7 +169,7 @@ def test_rows_that_are_not_there_are_refused(
     numbers: tuple[StoredArray, npt.NDArray[Any]], span: tuple[int, int]
 ) -> None:
     with pytest.raises(ValueError, match="of an array that has 101"):
-        numbers[0].read_into(*span, np.zeros(0, dtype=np.int32))
+        numbers[0].read_into([RowRead(*span, np.zeros(0, dtype=np.int32))])
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def real_signals(number: int) -> list[Signals]:
     for n in range(number):
         chosen = [(n + step) % texts for step in (0, 1 + n // texts, 5, 9 + n // texts)]
         heads = torch.cat([maps[text] for text in chosen])[:HEADS]
-        logprobs = logits[n % texts].log_softmax(-1)
+        logprobs = logits[n % texts][:, :VOCABULARY].log_softmax(-1)
         top = logprobs.topk(TOP, dim=-1)
         rest = logprobs.scatter(-1, top.indices, float("-inf")).logsumexp(-1)
         turn = n // texts  # more samples than texts: other channels beside each other
@@ -64,7 +64,7 @@ def real_signals(number: int) -> list[Signals]:
             Signals(
                 attention=heads.transpose(0, 1).contiguous(),
                 vision_tokens=hidden[n % texts].roll(37 * turn, dims=1)[:, :CHANNELS].contiguous(),
-                top_ids=top.indices % VOCABULARY,
+                top_ids=top.indices,
                 top_logprobs=top.values,
                 rest_logprobs=rest,
             )

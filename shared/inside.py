@@ -35,37 +35,71 @@ class Entry:
     "When its content last changed, seconds since 1970."
 
 
-def open_inside(root: Path, path: str) -> int:
+def open_inside(root: Path, path: str, folder: int | None = None) -> int:
     """A descriptor, for reading, of the regular file `root/path`; the caller closes it.
+
+    Args:
+        folder: a descriptor of the file's folder, if that is open already (`folder_inside`).
 
     Raises:
         DamagedError: a part of `path` is a link, or the file is a pipe, device or folder.
         OSError: it is not there or cannot be read.
     """
-    parts = PurePosixPath(path)
-    with _open_folder(root, parts.parent) as folder:
-        try:
-            descriptor = os.open(parts.name, _FILE, dir_fd=folder)
-        except OSError as error:
-            raise _explained(error, root, parts) from error
+    if folder is None:
+        with folder_inside(root, str(PurePosixPath(path).parent)) as opened:
+            return open_inside(root, path, opened)
+    try:
+        descriptor = os.open(path.rpartition("/")[2], _FILE, dir_fd=folder)
+    except OSError as error:
+        raise _explained(error, root, PurePosixPath(path)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DamagedError(f"{root / path}: is a folder, pipe or device, expected a file")
     return descriptor
 
 
-def read_inside(root: Path, path: str, most: int) -> bytes:
+def read_inside(root: Path, path: str, most: int, folder: int | None = None) -> bytes:
     """The content of a small file.
+
+    Args:
+        folder: as `open_inside`.
 
     Raises:
         DamagedError: as `open_inside`, or it is larger than `most` bytes.
         OSError: it is not there or cannot be read.
     """
-    with os.fdopen(open_inside(root, path), "rb") as file:
+    with os.fdopen(open_inside(root, path, folder), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise DamagedError(f"{root / path}: is {size} bytes, expected at most {most}")
-        return file.read(most)
+        return file.read(size)
+
+
+@contextmanager
+def folder_inside(root: Path, path: str) -> Iterator[int]:
+    """A descriptor of the folder `root/path` as long as the block runs.
+
+    Raises:
+        DamagedError: a part of `path` is a link or no folder, or leads out of the cache.
+        OSError: it is not there or cannot be read.
+    """
+    parts = PurePosixPath(path)
+    folder = os.open(root, _FOLDER)
+    try:
+        for part in parts.parts:
+            if part in ("/", ".."):
+                raise DamagedError(f"{root}: path {path!r} leaves the cache")
+            try:
+                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+            except OSError as error:
+                raise _explained(error, root, parts) from error
+            # In this order: after Ctrl-C in between, `finally` must not close one twice, which by
+            # then may be another thread's.
+            outer, folder = folder, inner
+            os.close(outer)
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def list_inside(root: Path, path: str) -> list[Entry]:
@@ -76,7 +110,7 @@ def list_inside(root: Path, path: str) -> list[Entry]:
         OSError: it cannot be read.
     """
     try:
-        with _open_folder(root, PurePosixPath(path)) as folder, os.scandir(folder) as found:
+        with folder_inside(root, path) as folder, os.scandir(folder) as found:
             return sorted(map(_entry, found), key=lambda entry: entry.name)
     except FileNotFoundError:
         return []
@@ -99,26 +133,6 @@ def walk_inside(root: Path, path: str) -> Iterator[tuple[str, Entry]]:
                 pending.append(folder / entry.name)
             else:
                 yield str(folder / entry.name), entry
-
-
-@contextmanager
-def _open_folder(root: Path, path: PurePosixPath) -> Iterator[int]:
-    folder = os.open(root, _FOLDER)
-    try:
-        for part in path.parts:
-            if part in ("/", ".."):
-                raise DamagedError(f"{root}: path {str(path)!r} leaves the cache")
-            try:
-                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-            except OSError as error:
-                raise _explained(error, root, path) from error
-            # In this order: after Ctrl-C in between, `finally` must not close one twice, which by
-            # then may be another thread's.
-            outer, folder = folder, inner
-            os.close(outer)
-        yield folder
-    finally:
-        os.close(folder)
 
 
 def _entry(found: "os.DirEntry[str]") -> Entry:

@@ -19,7 +19,9 @@ _BLOCK = 2**17
 "Bytes of a block's content, at most."
 _SMALLEST = 2**15
 """Content that is worth scattering: less is copied as fast, and a stranger's chunks of a byte would
-take 700 each to read so."""
+take 700 bytes of memory each to be read so."""
+_WINDOW = 2**19
+"What zstd remembers at negative levels, by which codes of 8 and 6 bits are written."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,35 +30,35 @@ class RawChunks:
 
     size: int
     "Bytes of its content."
-    frames: list[bytes]
+    headers: list[bytes]
     "What stands before each of its blocks; nothing if chunks of this size are not read so."
     around: int
     "Bytes of it in the file that are not content."
     framing: bytes
     "All of these but the checksum."
     begun: int
-    "crc32c of the first frame, with which a chunk begins."
+    "crc32c of the first of `headers`, with which a chunk begins."
 
     @classmethod
     def of(cls, size: int) -> "RawChunks":
         """For chunks of `size` bytes of content."""
-        frames = _frames(size) if size >= _SMALLEST else []
-        framing = b"".join(frames)
-        begun = google_crc32c.value(frames[0]) if frames else 0
+        headers = _headers(size) if size >= _SMALLEST else []
+        framing = b"".join(headers)
+        begun = google_crc32c.value(headers[0]) if headers else 0
         around = len(framing) + CHECKSUM
-        return cls(size=size, frames=frames, around=around, framing=framing, begun=begun)
+        return cls(size=size, headers=headers, around=around, framing=framing, begun=begun)
 
     def among(self, sizes: npt.NDArray[np.int64]) -> bytes:
         """For each chunk of these sizes in the file, 1 if it can be such a one, else 0."""
         is_raw: npt.NDArray[np.bool_] = sizes == self.size + self.around
-        return (is_raw & bool(self.frames)).tobytes()
+        return (is_raw & bool(self.headers)).tobytes()
 
     def beside(self, number: int) -> int:
         """Bytes of memory that `scattered` needs for what is not wanted."""
         return number * self.around + 2 * self.size
 
     def scattered(self, number: int, low: int, wanted: Bytes, beside: Bytes) -> list[list[Bytes]]:
-        """Where the bytes of each chunk go, in the file's order: the first frame, content and what
+        """Where the bytes of each chunk go, in the file's order: the first header, content and what
         stands between, the checksum.
 
         Args:
@@ -70,12 +72,12 @@ class RawChunks:
         chunks, place = [], 0
         for offset in range(0, number * self.size, self.size):
             pieces = []
-            for begin, frame in zip(
-                range(offset, offset + self.size, _BLOCK), self.frames, strict=True
+            for begin, header in zip(
+                range(offset, offset + self.size, _BLOCK), self.headers, strict=True
             ):
                 end = min(begin + _BLOCK, offset + self.size)
-                pieces.append(beside[place : place + len(frame)])
-                place += len(frame)
+                pieces.append(beside[place : place + len(header)])
+                place += len(header)
                 if low <= begin and end <= high:
                     pieces.append(wanted[begin - low : end - low])
                     continue
@@ -93,21 +95,23 @@ class RawChunks:
 
     def checksums(self, number: int, beside: Bytes) -> list[int] | None:
         """Of each chunk, from what was read beside its content; None if it is no raw chunk."""
-        text = beside[: number * self.around].tobytes()
-        ends = range(self.around, len(text) + 1, self.around)
-        if not all(text.startswith(self.framing, end - self.around) for end in ends):
+        table = beside[: number * self.around].reshape(number, -1)
+        if table[:, :-CHECKSUM].tobytes() != self.framing * number:
             return None
-        return [int.from_bytes(text[end - CHECKSUM : end], "little") for end in ends]
+        sums: list[int] = table[:, -CHECKSUM:].copy().view("<u4").ravel().tolist()
+        return sums
 
 
-def _frames(size: int) -> list[bytes]:
-    """A frame of one segment that says its content's size, of raw blocks, as zstd writes it."""
+def _headers(size: int) -> list[bytes]:
+    """Of the frame and its first block, and of each further block, as zstd writes them."""
     if size < 2**16 + 256:
-        header = b"\x28\xb5\x2f\xfd\x60" + (size - 256).to_bytes(2, "little")
-    else:
-        header = b"\x28\xb5\x2f\xfd\xa0" + size.to_bytes(4, "little")
+        frame = b"\x28\xb5\x2f\xfd\x60" + (size - 256).to_bytes(2, "little")
+    elif size <= _WINDOW:
+        frame = b"\x28\xb5\x2f\xfd\xa0" + size.to_bytes(4, "little")
+    else:  # no single segment any more: the window's size stands in front
+        frame = b"\x28\xb5\x2f\xfd\x80\x48" + size.to_bytes(4, "little")
     blocks = [
         (min(_BLOCK, size - begin) << 3 | (begin + _BLOCK >= size)).to_bytes(3, "little")
         for begin in range(0, size, _BLOCK)
     ]
-    return [header + blocks[0], *blocks[1:]]
+    return [frame + blocks[0], *blocks[1:]]

@@ -22,7 +22,7 @@ from shared.stored_array import RowRead, StoredArray, read_file
 Array = npt.NDArray[np.generic]
 
 MAX_SAMPLE_BYTES = 2**30
-"Stored size of one sample's rows of one array; 2048 rows of a 7B layer in float32 are 38 MB."
+"Of one sample's rows of one array, decompressed; 2048 rows of a 7B layer in float32 are 38 MB."
 _MAX_METADATA = 2**16
 
 

@@ -24,7 +24,7 @@ from shared.bounds import (
     check_skipped,
 )
 from shared.errors import CacheError, ConfigError, DamagedError, InputError, MismatchError
-from shared.inside import list_inside, read_inside
+from shared.inside import folder_inside, list_inside, read_inside
 from shared.sealed import MAX_BYTES, seal, unseal
 from shared.spec import CacheSpec
 from shared.strict import build, shown
@@ -160,8 +160,11 @@ class ShardRecord:
         return text
 
     @classmethod
-    def load(cls, path: Path) -> "ShardRecord":
+    def load(cls, path: Path, folder: int | None = None) -> "ShardRecord":
         """Read and validate `CACHE/records/<shard>.json`.
+
+        Args:
+            folder: a descriptor of `CACHE/records`, if that is open already.
 
         Raises:
             DamagedError: not a record, or not as it was written.
@@ -170,7 +173,7 @@ class ShardRecord:
         """
         root = path.parents[1]
         try:
-            content = read_inside(root, f"{RECORDS}/{path.name}", MAX_BYTES)
+            content = read_inside(root, f"{RECORDS}/{path.name}", MAX_BYTES, folder)
         except OSError as error:
             raise CacheError(f"{path}: cannot be read ({error.strerror})") from error
         try:
@@ -252,8 +255,11 @@ def read_records(root: Path) -> dict[str, ShardRecord]:
 
 def iter_records(root: Path) -> Iterator[ShardRecord]:
     """All records of a cache, one by one, in order of their names; raises as `read_records`."""
-    for name in record_names(root):
-        yield ShardRecord.load(root / RECORDS / f"{name}.json")
+    names = record_names(root)
+    if names:
+        with folder_inside(root, RECORDS) as folder:
+            for name in names:
+                yield ShardRecord.load(root / RECORDS / f"{name}.json", folder)
 
 
 def compare(

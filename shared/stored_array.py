@@ -19,6 +19,8 @@ from shared.raw_chunks import CHECKSUM, Bytes, RawChunks
 Array = npt.NDArray[np.generic]
 
 _MAX_INDEX = 2**28
+_MAX_STORED = 2**26
+"Bytes of squeezed chunks that are read at once: a stranger's may be far larger than their content."
 _MAX_PIECES = 1024
 "Linux's IOV_MAX."
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -120,6 +122,8 @@ class StoredArray:
             if not self._read_raw(descriptor, flags, first, behind, low, wanted):
                 self._read_compressed(descriptor, flags, first, behind, low, wanted)
         except BlockingIOError:
+            if wait:
+                raise
             begin, end = self._edges[first], self._edges[behind]
             os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
             return False
@@ -149,16 +153,20 @@ class StoredArray:
     def _read_compressed(
         self, descriptor: int, flags: int, first: int, behind: int, low: int, wanted: Bytes
     ) -> None:
-        start, size, high = self._edges[first], self.layout.chunk_bytes, low + len(wanted)
-        stored = _scratch("stored", self._edges[behind] - start)
-        _read(descriptor, flags, start, [stored], len(stored))
-        for chunk in range(first, behind):
-            piece = stored[self._edges[chunk] - start : self._edges[chunk + 1] - start]
-            _check(piece, chunk)
-            before = (chunk - first) * size
-            begin, end = max(low, before), min(high, before + size)
-            content = _inflated(piece[:-CHECKSUM], size, chunk)
-            wanted[begin - low : end - low] = content[begin - before : end - before]
+        size, high = self.layout.chunk_bytes, low + len(wanted)
+        many = max(1, _MAX_STORED // _most_stored(size))
+        for start in range(first, behind, many):
+            stop = min(start + many, behind)
+            offset = self._edges[start]
+            stored = _scratch("stored", self._edges[stop] - offset)
+            _read(descriptor, flags, offset, [stored], len(stored))
+            for chunk in range(start, stop):
+                piece = stored[self._edges[chunk] - offset : self._edges[chunk + 1] - offset]
+                _check(piece, chunk)
+                before = (chunk - first) * size
+                begin, end = max(low, before), min(high, before + size)
+                content = _inflated(piece[:-CHECKSUM], size, chunk)
+                wanted[begin - low : end - low] = content[begin - before : end - before]
 
 
 def _checked_edges(
@@ -174,10 +182,15 @@ def _checked_edges(
         raise ValueError("does not name one chunk after another")
     if not (sizes > CHECKSUM).all():
         raise ValueError("names an empty chunk")
-    most = chunk_bytes + chunk_bytes // 128 + 512  # as much memory is taken to read it
+    most = _most_stored(chunk_bytes)  # as much memory is taken to read it
     if (largest := sizes.max()) > most:
         raise ValueError(f"names a chunk of {largest} bytes, at most {most} for {chunk_bytes}")
     return edges
+
+
+def _most_stored(size: int) -> int:
+    """Bytes that a chunk of `size` bytes of content may take in the file."""
+    return size + size // 128 + 512
 
 
 def _inflated(frame: Bytes, size: int, chunk: int) -> Bytes:

@@ -1,5 +1,6 @@
 """The own reader of shard files: what plain zarr reads, and a refusal of everything else."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared import stored_array
 from shared.array_layout import ArrayLayout
 from shared.batch_reads import BatchBuffers
 from shared.cache import Cache, open_cache
@@ -120,14 +122,17 @@ def test_a_bit_that_flipped_is_found_also_where_zstd_left_bytes_as_they_are(
     rows(flipped, 4, 7)
 
 
-@pytest.mark.parametrize("size", [2**15, 2**16 + 255, 2**16 + 256, 2**17, 2**17 + 1, 2**18])
+@pytest.mark.parametrize(
+    "size",
+    [2**15, 2**16 + 255, 2**16 + 256, 2**17, 2**17 + 1, 2**18, 2**19, 2**19 + 1, 144 * 4096, 2**21],
+)
 def test_framing_is_told_as_zstd_writes_it(size: int) -> None:
     content = np.random.default_rng(0).bytes(size)
     blocks = [content[begin : begin + 2**17] for begin in range(0, size, 2**17)]
 
-    frames = RawChunks.of(size).frames
+    headers = RawChunks.of(size).headers
 
-    joined = b"".join(frame + block for frame, block in zip(frames, blocks, strict=True))
+    joined = b"".join(header + block for header, block in zip(headers, blocks, strict=True))
     assert joined == zstandard.ZstdCompressor(-1).compress(content)
 
 
@@ -146,6 +151,59 @@ def test_a_frame_of_other_blocks_in_as_many_bytes_is_read(tmp_path: Path) -> Non
 
     assert (array.edges == written.edges).all()
     assert (rows(array, 0, 1) == values).all()
+
+
+@pytest.mark.parametrize("limit", ["_MAX_PIECES", "_MAX_STORED"])
+def test_rows_are_the_same_when_they_take_several_reads(
+    numbers: tuple[StoredArray, npt.NDArray[Any]],
+    raw: tuple[StoredArray, npt.NDArray[Any]],
+    raw_small: tuple[StoredArray, npt.NDArray[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+) -> None:
+    monkeypatch.setattr(stored_array, limit, 3)
+    for array, values in (numbers, raw, raw_small):
+        last = len(values)
+        for start, stop in ((0, last), (1, last - 1), (last // 2, last // 2 + 2)):
+            assert (rows(array, start, stop) == values[start:stop]).all()
+
+
+def test_chunks_far_larger_than_their_content_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty blocks in front make 460 bytes of a chunk of one."""
+    array = stored(tmp_path, np.zeros((100, 1), dtype=np.uint8))
+    metadata = json.loads((tmp_path / "a" / "zarr.json").read_text())
+    metadata["codecs"][0]["configuration"]["chunk_shape"] = [1, 1]
+    (tmp_path / "a" / "zarr.json").write_text(json.dumps(metadata))
+    frame = b"\x28\xb5\x2f\xfd\x20\x01" + bytes(3 * 150) + (1 << 3 | 1).to_bytes(3, "little") + b"7"
+    array.path.write_bytes(shard(*[frame] * 100))
+    monkeypatch.setattr(stored_array, "_MAX_STORED", 2000)
+    taken = []
+    scratch = stored_array._scratch
+    monkeypatch.setattr(
+        stored_array, "_scratch", lambda name, size: (taken.append(size), scratch(name, size))[1]
+    )
+
+    read = rows(opened(tmp_path / "a"), 0, 100)
+
+    assert (read == ord("7")).all()
+    assert max(taken) <= 2000
+
+
+def test_a_file_that_will_not_wait_though_it_should_is_an_error(
+    raw: tuple[StoredArray, npt.NDArray[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network mounts answer EAGAIN: the buffer holds nothing then."""
+    array, values = raw
+
+    def again(*_: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, "again")
+
+    monkeypatch.setattr(os, "preadv", again)
+
+    with pytest.raises(BlockingIOError):
+        array.read_into([RowRead(0, 7, np.zeros_like(values))])
 
 
 def test_rows_that_are_not_in_memory_are_asked_for_and_read_later(

@@ -19,7 +19,7 @@ from cache_builder.ahead import Ahead
 from shared.errors import UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
-from shared.prompt import IGNORE, Prompt, build_prompt
+from shared.prompt import IGNORE, Prompt, build_prompt, check_length
 from shared.record import Skipped
 from shared.samples import Sample, TarIndex, read_samples
 from shared.spec import CacheSpec
@@ -200,9 +200,7 @@ def prepare_sample(sample: Sample, spec: CacheSpec, tokenizer: Tokenizer) -> Pre
         UnusableSample: it has none, or one that is too long.
     """
     prompt = build_prompt(sample.conversation, spec.template, tokenizer)
-    length = prompt.num_tokens(NUM_VISION)
-    if length > spec.max_tokens:
-        raise UnusableSample(f"{length} tokens, at most {spec.max_tokens}")
+    check_length(prompt.num_tokens(NUM_VISION), spec.max_tokens)
     return PreparedSample(
         key=sample.key, prompt=prompt, image=sample.image, image_digest=sample.image_digest
     )

@@ -45,6 +45,17 @@ class Prompt:
         return len(self.input_ids) + (num_vision - 1 if self.vision_start is not None else 0)
 
 
+def check_length(length: int, max_tokens: int) -> int:
+    """`length`, of an expanded sequence in tokens.
+
+    Raises:
+        UnusableSample: it is over `max_tokens`. Nothing is cut: the end is what is to be learned.
+    """
+    if length > max_tokens:
+        raise UnusableSample(f"{length} tokens, at most {max_tokens}")
+    return length
+
+
 def build_prompt(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> Prompt:
     """Ids and labels of one conversation under a template.
 

@@ -17,7 +17,7 @@ from shared.conversation import Conversation
 from shared.errors import TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION, MobileVLM
-from shared.prompt import IGNORE, Prompt, build_prompt, question_ids
+from shared.prompt import IGNORE, Prompt, build_prompt, check_length, question_ids
 from shared.samples import Sample, SampleEntry, TarIndex, index_tars, read_sample
 from shared.sequence import pad_sequences
 from shared.spec import Template
@@ -129,9 +129,7 @@ class HeldOutSet:
             UnusableSample: with the reason.
         """
         prompt = build_prompt(sample.conversation, self._template, self._tokenizer)
-        length = prompt.num_tokens(NUM_VISION)
-        if length > self._max_tokens:
-            raise UnusableSample(f"{length} tokens, at most {self._max_tokens}")
+        check_length(prompt.num_tokens(NUM_VISION), self._max_tokens)
         pixels = None
         if sample.image is not None:
             pixels = torch.from_numpy(self._processor(decode_image(sample.image)))

@@ -19,7 +19,7 @@ from shared.cache import EncodedBatch, Signal
 from shared.errors import MismatchError, TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
-from shared.prompt import Prompt, build_prompt
+from shared.prompt import Prompt, build_prompt, check_length
 from shared.record import Skipped
 from shared.samples import SampleEntry, TarIndex, index_tars, read_image, read_sample
 from shared.sequence import SequenceBatch, pad_sequences
@@ -182,13 +182,9 @@ def load_training_set(
     where = {entry.key: (index.path, entry) for index in indexes for entry in index.samples}
     if source is None:
         lengths, more = _measure(indexes, recipe, tokenizer)
-        skipped += more
     else:
-        lengths = _match(where, source)
-        too_long = [key for key, length in lengths.items() if length > recipe.max_tokens]
-        skipped += [
-            Skipped(key=key, reason=_over_limit(lengths.pop(key), recipe)) for key in too_long
-        ]
+        lengths, more = _fitting(_match(where, source), recipe)
+    skipped += more
     if not lengths:
         raise TrainingError(f"no sample in {len(tars)} tars can be used; {_reasons(skipped)}")
     keys = sorted(lengths)
@@ -214,13 +210,21 @@ def _measure(
         try:
             sample = read_sample(tar, entry)
             prompt = build_prompt(sample.conversation, recipe.template, tokenizer)
-            length = prompt.num_tokens(NUM_VISION)
-            if length > recipe.max_tokens:
-                raise UnusableSample(_over_limit(length, recipe))  # noqa: TRY301
-            lengths[entry.key] = length
+            lengths[entry.key] = check_length(prompt.num_tokens(NUM_VISION), recipe.max_tokens)
         except UnusableSample as reason:
             skipped.append(Skipped(key=entry.key, reason=str(reason)))
     return lengths, skipped
+
+
+def _fitting(lengths: Mapping[str, int], recipe: Recipe) -> tuple[dict[str, int], list[Skipped]]:
+    fitting: dict[str, int] = {}
+    skipped: list[Skipped] = []
+    for key, length in lengths.items():
+        try:
+            fitting[key] = check_length(length, recipe.max_tokens)
+        except UnusableSample as reason:
+            skipped.append(Skipped(key=key, reason=str(reason)))
+    return fitting, skipped
 
 
 def _match(where: Mapping[str, object], source: TeacherSource) -> dict[str, int]:
@@ -252,10 +256,6 @@ def _refuse_other_image(tar: Path, key: str, image: bytes | None, digest: bytes)
             f"the one that the cache was built from {digest.hex()}; train on the tars that the "
             "cache was built from, or build a cache from these (build-cache into another folder)"
         )
-
-
-def _over_limit(length: int, recipe: Recipe) -> str:
-    return f"{length} tokens, at most {recipe.max_tokens}"
 
 
 def _reasons(skipped: Sequence[Skipped]) -> str:

@@ -28,7 +28,7 @@ from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
 from shared.errors import CacheError
 from shared.record import DATA, RECORDS, ShardRecord, StoredFile, compare
 
-_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 64 * 1024, 8 * 1024
+_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 64 * 1024, 16 * 1024
 """Inner chunks before compression. Large ones hold a signal's codes: a 7B sample's attention (128
 rows of 6 bits) is 8 of them, and its vision tokens are one chunk of their own size. Small ones hold
 what has a few bytes a row or stands beside a signal, of which a sample wants some kilobytes."""

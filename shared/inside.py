@@ -68,7 +68,7 @@ def read_inside(root: Path, path: str, most: int, folder: int | None = None) -> 
         DamagedError: as `open_inside`, or it is larger than `most` bytes.
         OSError: it is not there or cannot be read.
     """
-    with os.fdopen(open_inside(root, path, folder), "rb", buffering=0) as file:
+    with os.fdopen(open_inside(root, path, folder), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise DamagedError(f"{root / path}: is {size} bytes, expected at most {most}")

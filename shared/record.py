@@ -256,10 +256,14 @@ def read_records(root: Path) -> dict[str, ShardRecord]:
 def iter_records(root: Path) -> Iterator[ShardRecord]:
     """All records of a cache, one by one, in order of their names; raises as `read_records`."""
     names = record_names(root)
-    if names:
+    if not names:
+        return
+    try:
         with folder_inside(root, RECORDS) as folder:
             for name in names:
                 yield ShardRecord.load(root / RECORDS / f"{name}.json", folder)
+    except OSError as error:
+        raise CacheError(f"{root}: cannot be read ({error.strerror})") from error
 
 
 def compare(

@@ -79,7 +79,7 @@ class StoredArray:
         if not length <= min(size, _MAX_INDEX):
             raise ValueError(f"{layout.file} of {size} bytes cannot hold an index of {length}")
         index = read_file(path, np.empty(length, dtype=np.uint8))
-        _check(index, None)
+        _check(index, f"{layout.file}: the index")
         table = np.frombuffer(index[:-CHECKSUM], dtype="<u8").reshape(-1, 2)
         try:
             edges = _checked_edges(table, length, size, layout.chunk_bytes)
@@ -147,7 +147,8 @@ class StoredArray:
             found = raw.begun
             for piece in pieces[1:-1]:
                 found = google_crc32c.extend(found, piece)
-            _compare(found, expected, chunk)
+            if found != expected:
+                raise _differs(f"chunk {chunk}")
         return True
 
     def _read_compressed(
@@ -162,10 +163,11 @@ class StoredArray:
             _read(descriptor, flags, offset, [stored], len(stored))
             for chunk in range(start, stop):
                 piece = stored[self._edges[chunk] - offset : self._edges[chunk + 1] - offset]
-                _check(piece, chunk)
+                what = f"chunk {chunk}"
+                _check(piece, what)
                 before = (chunk - first) * size
                 begin, end = max(low, before), min(high, before + size)
-                content = _inflated(piece[:-CHECKSUM], size, chunk)
+                content = _inflated(piece[:-CHECKSUM], size, what)
                 wanted[begin - low : end - low] = content[begin - before : end - before]
 
 
@@ -193,15 +195,15 @@ def _most_stored(size: int) -> int:
     return size + size // 128 + 512
 
 
-def _inflated(frame: Bytes, size: int, chunk: int) -> Bytes:
+def _inflated(frame: Bytes, size: int, what: str) -> Bytes:
     try:
         # Asked first: it is how much memory the library takes.
         if (found := zstandard.frame_content_size(frame.data)) != size:
             says = "an unknown number of" if found < 0 else found
-            raise ValueError(f"chunk {chunk} inflates to {says} bytes, expected {size}")
+            raise ValueError(f"{what} inflates to {says} bytes, expected {size}")
         content = _decompressor().decompress(frame.data, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise ValueError(f"chunk {chunk} cannot be inflated ({error})") from error
+        raise ValueError(f"{what} cannot be inflated ({error})") from error
     return np.frombuffer(content, dtype=np.uint8)
 
 
@@ -255,12 +257,11 @@ def _read(descriptor: int, flags: int, begin: int, into: Sequence[Bytes], size: 
         raise ValueError(f"ends after {begin} bytes, expected {expected}")
 
 
-def _check(stored: Bytes, chunk: int | None) -> None:
+def _check(stored: Bytes, what: str) -> None:
     expected = int.from_bytes(stored[-CHECKSUM:].tobytes(), "little")
-    _compare(google_crc32c.value(stored[:-CHECKSUM]), expected, chunk)
+    if google_crc32c.value(stored[:-CHECKSUM]) != expected:
+        raise _differs(what)
 
 
-def _compare(found: int, expected: int, chunk: int | None) -> None:
-    if found != expected:
-        what = "the index" if chunk is None else f"chunk {chunk}"
-        raise ValueError(f"checksum of {what} does not match")
+def _differs(what: str) -> ValueError:
+    return ValueError(f"checksum of {what} does not match")

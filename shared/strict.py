@@ -132,9 +132,10 @@ def convert(hint: Any, value: object, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping, found {shown(value)}")
-        make = build if dataclasses.is_dataclass(arguments[1]) else convert
         return {
-            _key(arguments[0], key, where): make(arguments[1], item, f"{where}: {str(key)[:100]}")
+            _key(arguments[0], key, where): convert(
+                arguments[1], item, f"{where}: {str(key)[:100]}"
+            )
             for key, item in value.items()
         }
     return _scalar(hint, value, where)

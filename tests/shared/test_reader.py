@@ -153,6 +153,21 @@ def test_a_frame_of_other_blocks_in_as_many_bytes_is_read(tmp_path: Path) -> Non
     assert (rows(array, 0, 1) == values).all()
 
 
+def test_a_small_frame_of_more_blocks_than_it_needs_is_read(
+    forged: Callable[[bytes], StoredArray],
+) -> None:
+    """Two raw blocks where one would do."""
+    values = np.random.default_rng(0).integers(0, 9, (3, 4, 6)).astype(np.float32)
+    content = values.tobytes()
+    frame = (
+        b"\x28\xb5\x2f\xfd\x60" + struct.pack("<H", 288 - 256)
+        + (100 << 3).to_bytes(3, "little") + content[:100]
+        + (188 << 3 | 1).to_bytes(3, "little") + content[100:]
+    )  # fmt: skip
+
+    assert (rows(forged(shard(frame)), 0, 3) == values).all()
+
+
 @pytest.mark.parametrize("limit", ["_MAX_PIECES", "_MAX_STORED"])
 def test_rows_are_the_same_when_they_take_several_reads(
     numbers: tuple[StoredArray, npt.NDArray[Any]],

@@ -2,13 +2,17 @@
 everything, they run the command's own entry point and can be killed like any other.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+
+from tqdm import tqdm
 
 from tests.support import CLIP, TEACHER
 
@@ -44,7 +48,17 @@ def start_build(given: Sequence[str], log: Path) -> ForkServerProcess:
     return start(_build_cache, list(given), log=log)
 
 
+@atexit.register
+def _kill_what_is_left() -> None:
+    """Multiprocessing would wait at exit, for ever if one hangs."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def _redirected(log: Path, target: Callable[..., object], given: Sequence[object]) -> None:
+    # tqdm's own lock is shared with everything that was forked from the server: one killed while it
+    # drew would keep it for ever. A build that a user starts shares it with nobody.
+    tqdm.set_lock(threading.RLock())
     # As in a terminal: what a shell starts in the background ignores Ctrl-C, and passes that on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("wb") as file:

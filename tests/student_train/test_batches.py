@@ -5,14 +5,18 @@ batches every sample has its turn.
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from shared.cache import Cache
+from student_train.batch import TrainingBatch
 from student_train.plan import micro_batches, plan_epoch
 from student_train.student import TERMS
 from student_train.training_set import TrainingSet
@@ -193,6 +197,34 @@ def seen(
     """Lengths of the samples of each step's micro-batches."""
     steps = micro_batches(samples, first_step=first, last_step=last, rank=rank, world=world)
     return [[batch.sequences.lengths.tolist() for batch in step] for step in steps]
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["with a cache", "without"])
+def test_spawned_workers_make_the_batches_of_one_process(
+    cached: bool, tars: list[Path], full_cache: Cache
+) -> None:
+    samples = training_set(tars, recipe(), full_cache if cached else None)
+    order = [[0, 2, 1], [5, 3], [8, 4, 11]]
+
+    loader: DataLoader[TrainingBatch] = DataLoader(
+        samples, sampler=order, batch_size=None, num_workers=2, multiprocessing_context="spawn"
+    )
+
+    for numbers, batch in zip(order, loader, strict=True):
+        for (where, mine), (_, theirs) in zip(
+            tensors_of(samples[numbers]), tensors_of(batch), strict=True
+        ):
+            assert torch.equal(mine, theirs), where
+
+
+def tensors_of(value: Any, where: str = "batch") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a batch and the path to each."""
+    if isinstance(value, torch.Tensor):
+        yield where, value
+    elif dataclasses.is_dataclass(value) or isinstance(value, Mapping):
+        parts = value if isinstance(value, Mapping) else vars(value)
+        for name, part in parts.items():
+            yield from tensors_of(part, f"{where}.{name}")
 
 
 def numbered(samples: TrainingSet, **changes: Any) -> TrainingSet:

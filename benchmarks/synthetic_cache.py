@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.signals import CHANNELS, HEADS, ROWS, VOCABULARY, Signals
+from benchmarks.signals import CHANNELS, HEADS, RESPONSES, ROWS, VOCABULARY, Signals
 from shared.encodings import ENCODINGS, id_dtype
 from shared.expected import IMAGE_SHA256
 from shared.record import FORMAT, TarFacts
@@ -55,7 +55,9 @@ def identity(spec: CacheSpec) -> dict[str, object]:
 def _write(writer: ShardWriter, spec: CacheSpec, samples: Sequence[Signals]) -> None:
     ids = np.array(SEQUENCE * len(samples), dtype=np.int32)
     writer.put("input_ids", ids, ("token",))
-    writer.put("labels", np.where(ids > 135, ids, -100).astype(np.int32), ("token",))
+    writer.put(
+        "labels", np.where(ids >= 100 + ROWS - RESPONSES, ids, -100).astype(np.int32), ("token",)
+    )
     _put_offsets(writer, "token_offsets", len(SEQUENCE), len(samples))
     digests = np.random.default_rng(0).integers(0, 256, (len(samples), 32), dtype=np.uint8)
     writer.put(IMAGE_SHA256, digests, ("image", "byte"))

@@ -46,6 +46,11 @@ class Rows(NamedTuple):
     stop: int
     "The row behind the last."
 
+    @property
+    def number(self) -> int:
+        """Of rows."""
+        return self.stop - self.start
+
 
 class BatchReads:
     """Takes memory for a batch and notes what is to be read into it; `run` reads.
@@ -64,11 +69,11 @@ class BatchReads:
 
     def padded(self, name: str, samples: Sequence[Rows]) -> Array:
         """Rows of each sample in one array, zeros behind the shorter ones."""
-        longest = max(rows.stop - rows.start for rows in samples)
+        longest = max(rows.number for rows in samples)
         padded = self._take(name, samples, (len(samples), longest))
         for rows, out in zip(samples, padded, strict=True):
-            self._noted(name, rows, out[: rows.stop - rows.start])
-            out[rows.stop - rows.start :] = 0
+            self._noted(name, rows, out[: rows.number])
+            out[rows.number :] = 0
         return padded
 
     def single(self, name: str, samples: Sequence[Rows]) -> Array:
@@ -85,10 +90,10 @@ class BatchReads:
 
     def joined(self, name: str, samples: Sequence[Rows]) -> Array:
         """Rows of all samples one after another."""
-        joined = self._take(name, samples, (sum(rows.stop - rows.start for rows in samples),))
+        joined = self._take(name, samples, (sum(rows.number for rows in samples),))
         end = 0
         for rows in samples:
-            begin, end = end, end + rows.stop - rows.start
+            begin, end = end, end + rows.number
             self._noted(name, rows, joined[begin:end])
         return joined
 
@@ -116,7 +121,7 @@ class BatchReads:
     def _new(self, name: str, rows: Rows) -> Array:
         rows.reader.check_rows(name, rows.start, rows.stop)
         layout = rows.reader.layout(name)
-        return np.empty((rows.stop - rows.start, *layout.shape[1:]), dtype=layout.dtype)
+        return np.empty((rows.number, *layout.shape[1:]), dtype=layout.dtype)
 
     def _take(self, name: str, samples: Sequence[Rows], shape: tuple[int, ...]) -> Array:
         for rows in samples:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from jaxtyping import Float32, Int32, Shaped
 from tqdm import tqdm
 
+from shared.agreement import disagreement
 from shared.batch_reads import BatchBuffers, BatchReads, Rows
 from shared.encodings import ENCODINGS, Array, decode
 from shared.errors import DamagedError
@@ -197,9 +198,9 @@ class Cache:
         )
         queries = [place.rows("query_offsets") for place in with_image if attention]
         images = [place.image_row for place in with_image if vision_tokens]
-        responses = [place.rows("response_offsets") for place in places if logprobs]
+        all_responses = [place.rows("response_offsets") for place in places if logprobs]
         # A shard without any response may be without the arrays of responses.
-        responses = [r for r in responses if r.start != r.stop or r.reader.has("top_ids")]
+        responses = [r for r in all_responses if r.start != r.stop or r.reader.has("top_ids")]
         has_rest = bool(responses) and self._has_rest
         batch = EncodedBatch(
             input_ids=reads.one_by_one("input_ids", tokens),
@@ -216,9 +217,36 @@ class Cache:
             image_sha256=[_image_sha256(place) for place in places],
         )
         reads.run()
+        if places:
+            self._check_agreement(keys, places, batch, queries, all_responses)
         if batch.top_ids is not None:
             self._check_top_ids(keys, batch.top_ids)
         return batch
+
+    def _check_agreement(
+        self,
+        keys: Sequence[str],
+        places: Sequence[_Place],
+        batch: EncodedBatch,
+        queries: Sequence[Rows],
+        responses: Sequence[Rows],
+    ) -> None:
+        teacher, each = self.identity["teacher"], iter(queries)
+        wrong = disagreement(
+            batch.input_ids,
+            batch.labels,
+            lengths=[place.length for place in places],
+            images=[place.image for place in places],
+            query_rows=[next(each).number if place.image >= 0 else 0 for place in places]
+            if queries
+            else None,
+            response_rows=[rows.number for rows in responses] if responses else None,
+            vocabulary=teacher["vocab_size"],
+            num_vision=teacher["vision_tokens"],
+        )
+        if wrong is not None:
+            number, what = wrong
+            raise places[number].reader.damaged(f"sample {keys[number]!r}: {what}")
 
     def _check_top_ids(self, keys: Sequence[str], top_ids: Array) -> None:
         """A loss would count a token twice that stands twice, or index beyond the logits."""

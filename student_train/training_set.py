@@ -19,7 +19,7 @@ from shared.cache import EncodedBatch, Signal
 from shared.errors import MismatchError, TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
-from shared.prompt import Prompt, build_prompt, check_length
+from shared.prompt import IMAGE_TOKEN, Prompt, build_prompt, check_length
 from shared.record import Skipped
 from shared.samples import SampleEntry, TarIndex, index_tars, read_image, read_sample
 from shared.sequence import SequenceBatch, pad_sequences
@@ -96,10 +96,10 @@ class TrainingSet(Dataset[list[int]]):
         skipped: list[Skipped] = []
         chosen = [self.entries[number] for number in numbers]
         stored = self._stored([entry.key for _, entry in chosen])
-        digests = stored.image_sha256 if stored else [None] * len(chosen)
-        for (tar, entry), digest in zip(chosen, digests, strict=True):
+        cached = _images_of(stored) if stored else [None] * len(chosen)
+        for (tar, entry), image in zip(chosen, cached, strict=True):
             try:
-                usable.append(self._input(tar, entry, digest))
+                usable.append(self._input(tar, entry, image))
             except UnusableSample as reason:
                 skipped.append(Skipped(key=entry.key, reason=str(reason)))
         if not usable:
@@ -123,11 +123,11 @@ class TrainingSet(Dataset[list[int]]):
             return None
         return self.source.read_batch(keys, used_signals(self.recipe.loss))
 
-    def _input(self, tar: Path, entry: SampleEntry, digest: bytes | None) -> "_Input":
+    def _input(self, tar: Path, entry: SampleEntry, cached: "_CachedImage | None") -> "_Input":
         """What the tar has of a sample; with a source the text is not needed.
 
         Args:
-            digest: sha256 that the source has of the image, if it has one.
+            cached: what the source knows of its image.
         """
         if self.source is not None:
             image, prompt = read_image(tar, entry), None
@@ -135,8 +135,10 @@ class TrainingSet(Dataset[list[int]]):
             sample = read_sample(tar, entry)
             image = sample.image
             prompt = build_prompt(sample.conversation, self.recipe.template, self.tokenizer)
-        if digest is not None and tar.name not in self.accepted_tars:
-            _refuse_other_image(tar, entry.key, image, digest)
+        if cached is not None:
+            _refuse_image_or_none(tar, entry.key, image, cached)
+            if cached.digest is not None and tar.name not in self.accepted_tars:
+                _refuse_other_image(tar, entry.key, image, cached.digest)
         pixels = None if image is None else self.processor(decode_image(image))
         return _Input(key=entry.key, pixels=pixels, prompt=prompt)
 
@@ -148,6 +150,23 @@ class _Input:
     key: str
     pixels: npt.NDArray[np.float32] | None
     prompt: Prompt | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CachedImage:
+    """What a source knows of a sample's image."""
+
+    exists: bool
+    "Whether there is one."
+    digest: bytes | None
+    "sha256 of its file, if the source has that."
+
+
+def _images_of(stored: EncodedBatch) -> list[_CachedImage]:
+    return [
+        _CachedImage(exists=bool((ids == IMAGE_TOKEN).any()), digest=digest)
+        for ids, digest in zip(stored.input_ids, stored.image_sha256, strict=True)
+    ]
 
 
 def used_signals(loss: LossConfig) -> set[Signal]:
@@ -247,14 +266,29 @@ def _match(where: Mapping[str, object], source: TeacherSource) -> dict[str, int]
     return {key: length for key, length in lengths if key in where}
 
 
+_SAME_TARS = (
+    "train on the tars that the cache was built from, or build a cache from these (build-cache "
+    "into another folder)"
+)
+
+
+def _refuse_image_or_none(tar: Path, key: str, image: bytes | None, cached: _CachedImage) -> None:
+    """Pixels too many or too few would be those of its neighbours in the batch."""
+    if (image is not None) != cached.exists:
+        there, here = ("none", "one") if image is not None else ("one", "none")
+        raise MismatchError(
+            f"sample {shown(key)}: images: {there} when the cache was built, {here} in {tar}; "
+            f"{_SAME_TARS}"
+        )
+
+
 def _refuse_other_image(tar: Path, key: str, image: bytes | None, digest: bytes) -> None:
     """Equal sizes and places of all members, which are compared at the start, do not tell this."""
-    found = None if image is None else hashlib.sha256(image).digest()
+    found = hashlib.sha256(image or b"").digest()
     if found != digest:
         raise MismatchError(
-            f"sample {shown(key)}: its image in {tar} has sha256 {found.hex() if found else None}, "
-            f"the one that the cache was built from {digest.hex()}; train on the tars that the "
-            "cache was built from, or build a cache from these (build-cache into another folder)"
+            f"sample {shown(key)}: its image in {tar} has sha256 {found.hex()}, the one that the "
+            f"cache was built from {digest.hex()}; {_SAME_TARS}"
         )
 
 

@@ -256,6 +256,31 @@ def _one_token_more(record: dict[str, Any]) -> None:
     identity["teacher"]["vocab_size"] = identity["spec"]["logprobs"]["top_k"] + 1
 
 
+def _edited(name: str, change: Callable[[Any], object]) -> Callable[[Forge], None]:
+    """Other values of a small array."""
+
+    def make(forge: Forge) -> None:
+        array: Any = zarr.open_group(str(forge.data), mode="r")[name]
+        values = array[...]
+        change(values)
+        forge.write_array(name, values)
+
+    return make
+
+
+def _moved(name: str) -> Callable[[Forge], None]:
+    """A row of one sample goes to the other: the edge between them is another."""
+
+    def move(edges: Any) -> None:
+        edges[1] -= 1
+
+    return _edited(name, move)
+
+
+def _put_last(value: int) -> Callable[[Any], None]:
+    return lambda values: values.__setitem__(-1, value)
+
+
 def _zeros(name: str, dtype: str, *shape: int) -> Callable[[Forge], None]:
     return lambda forge: forge.write_array(name, np.zeros(shape, dtype=dtype))
 
@@ -381,7 +406,26 @@ def _drop_array(forge: Forge, array: str) -> None:
     forge.edit(drop)
 
 
+DISAGREEMENTS: dict[str, Callable[[Forge], None]] = {
+    "an edge of the query rows is moved": _moved("query_offsets"),
+    "an edge of the response rows is moved": _moved("response_offsets"),
+    "ids: a token beyond the vocabulary": _edited("input_ids", _put_last(10**6)),
+    "ids: a negative token": _edited("input_ids", _put_last(-7)),
+    "ids: a second image": _edited("input_ids", _put_last(-200)),
+    "labels: a token beyond the vocabulary": _edited("labels", _put_last(10**6)),
+    "labels: the image is to be learned": _edited("labels", _put_last(-200)),
+    "labels: one less is learned": _edited("labels", _put_last(-100)),
+    "images: none, of samples with one": lambda f: f.edit(
+        lambda v: v.update(images=[-1] * len(v["keys"]), probe=[])
+    ),
+    "lengths: a token more": lambda f: f.edit(
+        lambda v: v.update(lengths=[length + 1 for length in v["lengths"]])
+    ),
+}
+"Arrays that are sound, of a sample that they do not fit together in: it would train on other rows."
+
 CASES: dict[str, Callable[[Forge], None]] = {
+    **DISAGREEMENTS,
     # Paths that leave the cache
     "record: data is an absolute path": _field(data="/etc"),
     "record: data goes up by `..`": _field(data=f"data/../../outside/data/{SHARD}-01234567"),

@@ -300,40 +300,19 @@ def put(index: Any, value: float) -> Callable[[Any], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("input_ids", put(1, -3)), "ids from -3 to"),
-        (changed("input_ids", put(1, 512)), "to 512, expected 0 to 511"),
-        (changed("input_ids", put(1, -200)), r"image at \[1, "),
-        (changed("labels", put(1, 512)), "labels from"),
         (changed("attention", put((0, 0, 0), np.nan)), "attention of layer 0 hold NaN"),
         (changed("attention", put((0, 0, 0), -0.1)), "attention of layer 0 from -0.1"),
         (changed("attention", put((0, 0), 0.5)), "sum of a row in attention of layer 0"),
         (changed("vision_tokens", put((3, 3), np.inf)), "vision tokens hold NaN or infinity"),
-        (changed("top_ids", put((0, 0), -1)), "top ids from -1"),
         (changed("top_logprobs", put((0, 0), 0.5)), "log-probabilities from"),
         (changed("top_logprobs", put(0, -0.1)), "sum of a response's probabilities"),
-        (lambda s: dataclasses.replace(s, attention={0: s.attention[0][:1]}), "heads and rows"),
-        (lambda s: dataclasses.replace(s, attention={0: s.attention[0][:, 1:]}), "heads and rows"),
-        (
-            lambda s: dataclasses.replace(
-                s, vision_tokens=s.vision_tokens[1:], attention={0: s.attention[0][:, :, 1:]}
-            ),
-            "the record says",
-        ),
-        (lambda s: dataclasses.replace(s, vision_tokens=s.vision_tokens[:, 1:]), "63 wide"),
-        (lambda s: dataclasses.replace(s, top_ids=None), "no log-probabilities"),
-        (
-            lambda s: dataclasses.replace(
-                s, top_ids=s.top_ids[1:], top_logprobs=s.top_logprobs[1:]
-            ),
-            "expected 3 rows",
-        ),
     ],
 )
 def test_a_value_that_cannot_be_is_said(cache: Cache, change: Any, message: str) -> None:
-    sample, length = cache.read("s0"), record(cache.root, "ref-000000").lengths[0]
-    assert wrong_value(sample, cache.spec, cache.identity["teacher"], length) is None
+    sample = cache.read("s0")
+    assert wrong_value(sample) is None
 
-    found = wrong_value(change(sample), cache.spec, cache.identity["teacher"], length)
+    found = wrong_value(change(sample))
 
     assert found is not None
     assert re.search(message, found), found

@@ -1,5 +1,6 @@
 """An image that was replaced by another of equal size is refused before the student sees it."""
 
+import dataclasses
 import hashlib
 import shutil
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 from shared.cache import open_cache
 from shared.errors import MismatchError
 from shared.samples import index_tar, read_image
-from tests.student_train.support import recipe, train, training_set
-from tests.support import edit_record, error_line, png, record
+from tests.student_train.support import mixed_samples, recipe, train, training_set
+from tests.support import edit_record, error_line, png, record, write_tar
 
 BROKEN = b"no image"
 
@@ -127,3 +128,24 @@ def test_images_of_a_tar_that_was_accepted_by_name_are_not_compared(
     done = train(tmp_path / "run", copies, full_path, *options, global_batch=24, micro_batch=4)
 
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("number", "image", "says"),
+    [(2, ("s002.png", png(5)), "none when the cache was built, one"),
+     (3, None, "one when the cache was built, none")],
+    ids=["an image more", "an image less"],
+)  # fmt: skip
+def test_a_sample_that_gained_or_lost_its_image_is_refused(
+    number: int, image: tuple[str, bytes] | None, says: str, full_path: Path, tmp_path: Path
+) -> None:
+    samples = mixed_samples(24)
+    members = [member for member in samples[number] if not member[0].endswith(".png")]
+    samples[number] = [*members, image] if image else members
+    other = write_tar(tmp_path / "other.tar", *samples)
+    cache = open_cache(full_path)
+
+    for options in ({}, {"accepted_tars": frozenset({"other.tar"})}):
+        changed = dataclasses.replace(training_set([other], recipe(), cache), **options)
+        with pytest.raises(MismatchError, match=f"'s00{number}': images: {says} in .*other.tar"):
+            changed[[0, number, 6]]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never
 
+import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -27,7 +28,7 @@ from cache_builder.probe import make_probe, write_probe
 from cache_builder.skips import SkipBudget, SkipLimit
 from cache_builder.stopping import Stopped, StopRequest
 from cache_builder.teacher import Teacher
-from shared.errors import InputError
+from shared.errors import ConfigError, InputError
 from shared.images import ImageProcessor
 from shared.plan import plan_file
 from shared.record import (
@@ -105,6 +106,7 @@ def build_cache(
 
     Raises:
         MismatchError: `out` holds shards of another spec, teacher, tokenizer or tar.
+        ConfigError: a batch needs more memory than the device has.
         InputError: tars that cannot be read, after all others have been built; or more samples
             that cannot be used than `max_skipped`: the shard that crosses it is not committed.
         CacheError: `out` cannot be written.
@@ -259,9 +261,16 @@ class _Run:
 
     def _compute(self, tar: PreparedTar) -> ShardFeatures:
         self.stop.check()
-        features = compute_features(
-            tar, self.builder.teacher, self.builder.spec, advance=self._advance
-        )
+        try:
+            features = compute_features(
+                tar, self.builder.teacher, self.builder.spec, advance=self._advance
+            )
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{tar.index.path}: batches of {self.builder.batch_size} need more memory than "
+                f"{self.builder.teacher.device} has; what is committed stays, run the same command "
+                "again with a smaller --batch-size"
+            ) from error
         for sample in features.skipped:
             log.warning("shard=%s skipped=%s reason=%s", tar.index.name, sample.key, sample.reason)
         self.budget.spend(features.skipped)

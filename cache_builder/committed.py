@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.record import RECORDS, ShardRecord, compare
+from shared.record import RECORDS, ShardRecord, compare, record_names
 
 ADVICE = "Build into another folder, or use what this cache was built with."
 
@@ -25,10 +25,8 @@ class Committed:
 
     def refresh(self) -> None:
         """Look for records that came since. Errors as in `__init__`."""
-        for path in sorted((self._root / RECORDS).glob("*.json")):
-            if path.stem not in self.records:
-                record = ShardRecord.load(path)
-                compare(
-                    f"{self._root}: shard {record.name}", record.identity, self._identity, ADVICE
-                )
-                self.records[path.stem] = record
+        for name in record_names(self._root):
+            if name not in self.records:
+                record = ShardRecord.load(self._root / RECORDS / f"{name}.json")
+                compare(f"{self._root}: shard {name}", record.identity, self._identity, ADVICE)
+                self.records[name] = record

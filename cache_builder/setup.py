@@ -7,7 +7,7 @@ from cache_builder.teacher import Teacher
 from shared.checkpoint import ModelFolder
 from shared.errors import ConfigError
 from shared.images import ImageProcessor
-from shared.mobilevlm import VLMConfig
+from shared.mobilevlm import VLMConfig, keep_float32
 from shared.spec import CacheSpec
 from shared.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -33,8 +33,7 @@ def load_builder(
     """
     folder = ModelFolder(teacher)
     chosen = pick_device(device)
-    # A float32 teacher is one: convolutions would round to 10 bits.
-    torch.backends.cudnn.allow_tf32 = False
+    keep_float32()
     default = "bfloat16" if chosen.type == "cuda" else "float32"
     loaded = Teacher(
         folder, spec, vision_tower=vision_tower, device=chosen,

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 
 from shared.mobilevlm import NUM_VISION
+
+_MOST_SCORES = 2**26
+"Bytes of attention scores that are computed at once."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +74,46 @@ def text_to_vision(
     query_BHQD = query_BHQD * head_dim**-0.5
     key_BHTD = _rotated(caught.key, caught.cos, caught.sin).float()
     key_BHTD = key_BHTD.repeat_interleave(query_BHQD.shape[1] // key_BHTD.shape[1], dim=1)
-    score_BHQT = query_BHQD @ key_BHTD.transpose(2, 3)
-    position = torch.arange(key_BHTD.shape[2], device=row_BQ.device)
-    hidden_BQT = position[None, None, :] > row_BQ[:, :, None]
-    weight_BHQT = score_BHQT.masked_fill_(hidden_BQT[:, None], float("-inf")).softmax(dim=-1)
     column_BV = vision_start[:, None] + torch.arange(NUM_VISION, device=row_BQ.device)
-    weight_BHQV = weight_BHQT.gather(
-        3, column_BV[:, None, None, :].expand(-1, weight_BHQT.shape[1], num_rows, -1)
-    )
+    # Scores over all keys are 14 times as large as what is wanted of a sequence of 2,048.
+    score_bytes = 4 * key_BHTD.shape[0] * key_BHTD.shape[1] * key_BHTD.shape[2]
+    each = max(1, _MOST_SCORES // max(1, score_bytes))
+    if each >= num_rows:
+        weight_BHQV = _weights(query_BHQD, key_BHTD, row_BQ, column_BV)
+    else:
+        blocks = zip(
+            torch.split(query_BHQD, each, dim=2), torch.split(row_BQ, each, dim=1), strict=True
+        )
+        # Computed again for the gradient, or the scores of all blocks would be kept for it.
+        run = _checkpointed if query_BHQD.requires_grad or key_BHTD.requires_grad else _weights
+        weight_BHQV = torch.cat([run(q, key_BHTD, row, column_BV) for q, row in blocks], dim=2)
     rows_BHQV: Tensor = weight_BHQV * real_BQ[:, None, :, None]
     return rows_BHQV
+
+
+def _weights(
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B H T D"],
+    row: Int[Tensor, "B Q"],
+    column: Int[Tensor, "B V"],
+) -> Float[Tensor, "B H Q V"]:
+    """Softmax over the keys that each row sees, at the columns of the vision tokens."""
+    score_BHQT = query @ key.transpose(2, 3)
+    position = torch.arange(key.shape[2], device=row.device)
+    hidden_BQT = position[None, None, :] > row[:, :, None]
+    weight_BHQT = score_BHQT.masked_fill_(hidden_BQT[:, None], float("-inf")).softmax(dim=-1)
+    place_BHQV = column[:, None, None, :].expand(-1, *weight_BHQT.shape[1:3], -1)
+    return weight_BHQT.gather(3, place_BHQV)
+
+
+def _checkpointed(
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B H T D"],
+    row: Int[Tensor, "B Q"],
+    column: Int[Tensor, "B V"],
+) -> Float[Tensor, "B H Q V"]:
+    found: Tensor = checkpoint(_weights, query, key, row, column, use_reentrant=False)
+    return found
 
 
 def _rotated(

@@ -104,12 +104,11 @@ class ModelFolder:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(f"{name}: no such folder; expected one, or a hub id as org/name")
         from huggingface_hub import hf_hub_download, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         self._fetch = lambda file: Path(hf_hub_download(name, file))
         try:
             return Path(snapshot_download(name, allow_patterns=list(SETTINGS)))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        except _hub_errors() as error:
             raise CheckpointError(
                 f"{name}: no such local folder, and the hub cannot be reached or has no such model"
             ) from error
@@ -118,12 +117,20 @@ class ModelFolder:
         if self._fetch is None:
             path = self.path / file
             return path if path.is_file() else None
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return self._fetch(file)
-        except EntryNotFoundError:
-            return None
+        except _hub_errors() as error:
+            # The second of these says that the hub was not asked.
+            if isinstance(error, EntryNotFoundError) and not isinstance(
+                error, LocalEntryNotFoundError
+            ):
+                return None
+            raise CheckpointError(
+                f"{self.name}: {file} cannot be fetched from the hub ({error}); run it "
+                "again, what has been fetched stays"
+            ) from error
 
     def _names_in(self, file: str) -> list[str]:
         path = self._find(file)
@@ -226,6 +233,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return values
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's library raises: its own errors, its HTTP library's, and a full disk's."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    return EntryNotFoundError, ValueError, *HfHubHTTPError.__bases__
 
 
 def _few(names: list[str]) -> str:

@@ -236,6 +236,11 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
     return VLMConfig(published=published, tower=clip, tower_folder=tower.path)
 
 
+def keep_float32() -> None:
+    """Convolutions of float32 models in float32: on a GPU cuDNN rounds to 10 bits otherwise."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def load_model(folder: ModelFolder, vision_tower: str | None = None) -> MobileVLM:
     """A whole model in float32 on the CPU; a Llama folder gets a fresh projector.
 

@@ -5,7 +5,7 @@ its text is exactly the true one, spaces around it aside.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,10 @@ from shared.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _BATCH = 64
+"Samples that are read at a time."
+_MOST_TOKENS = 2**14
+"""Tokens of one forward pass, padding counted. Of a 1.7B student each takes some 200 kB of keys and
+values in bfloat16, and 128 kB of logits in float32 where a label stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,14 +149,19 @@ class HeldOutSet:
             for number, sample in enumerate(samples)
             for turn in range(0, len(sample.conversation.turns), 2)
         ]
-        found = model.generate(
-            [ids for _, ids in asked],
-            [vision[number] for number, _ in asked],
-            max_new_tokens=self._max_new_tokens,
-        )
+        sizes = [
+            len(ids) + self._max_new_tokens + (0 if vision[number] is None else NUM_VISION)
+            for number, ids in asked
+        ]
         texts: list[list[str]] = [[] for _ in samples]
-        for (number, _), ids in zip(asked, found, strict=True):
-            texts[number].append(self._tokenizer.decode(ids, skip_special_tokens=True).strip())
+        for some in passes(sizes, _MOST_TOKENS):
+            found = model.generate(
+                [ids for _, ids in asked[some]],
+                [vision[number] for number, _ in asked[some]],
+                max_new_tokens=self._max_new_tokens,
+            )
+            for (number, _), ids in zip(asked[some], found, strict=True):
+                texts[number].append(self._tokenizer.decode(ids, skip_special_tokens=True).strip())
         return texts
 
     def _read(self, entries: Sequence[tuple[TarIndex, SampleEntry]]) -> list[HeldOutSample]:
@@ -165,14 +174,34 @@ class HeldOutSet:
         return samples
 
     def _score_batch(self, model: MobileVLM, samples: Sequence[HeldOutSample]) -> Scores:
-        nats, positions = supervised_loss(model, samples)
-        right = answers = 0
+        nats, positions, right, answers = 0.0, 0, 0, 0
+        for some in passes([s.prompt.num_tokens(NUM_VISION) for s in samples], _MOST_TOKENS):
+            more, labels = supervised_loss(model, samples[some])
+            nats, positions = nats + more, positions + labels
         if self._template == "v1":
             for sample, given in zip(samples, self.answers(model, samples), strict=True):
                 true = [turn.text.strip() for turn in sample.conversation.turns[1::2]]
                 right += sum(one == other for one, other in zip(given, true, strict=True))
                 answers += len(true)
         return Scores(nats=nats, positions=positions, right=right, answers=answers)
+
+
+def passes(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Consecutive items that go through a model together, each padded to the longest of them.
+
+    Args:
+        sizes: tokens of each item.
+        most: tokens of one pass, padding counted; an item that has more goes alone.
+    """
+    start = 0
+    longest = 0
+    for number, size in enumerate(sizes):
+        longest = max(longest, size)
+        if number > start and (number + 1 - start) * longest > most:
+            yield slice(start, number)
+            start, longest = number, size
+    if start < len(sizes):
+        yield slice(start, len(sizes))
 
 
 def supervised_loss(model: MobileVLM, samples: Sequence[HeldOutSample]) -> tuple[float, int]:

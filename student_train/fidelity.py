@@ -24,7 +24,7 @@ from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder
 from shared.console import FOLDER, Command, configure_logging
 from shared.images import ImageProcessor
-from shared.mobilevlm import load_model
+from shared.mobilevlm import keep_float32, load_model
 from shared.samples import expand_tars
 from shared.tokenizer import load_tokenizer
 from student_train.batch import TrainingBatch
@@ -147,12 +147,13 @@ def fitted(recipe: Recipe, samples: int) -> Recipe:
 
 def measure_student(pair: Pair, device: torch.device) -> StudentFidelity:
     """Loss terms and gradients, step by step, with both targets."""
+    keep_float32()
     pair.exact.to(device).train()
     pair.decoded.to(device).train()
     batch = pair.exact_samples.recipe.global_batch
     steps = len(pair.exact_samples) // batch
     ours, theirs = (
-        micro_batches(samples, first_step=0, last_step=steps, rank=0, world=1)
+        micro_batches(samples, first_step=0, last_step=steps, rank=0, world=1, device=device)
         for samples in (pair.exact_samples, pair.decoded_samples)
     )
     records: dict[str, _Record] = {}

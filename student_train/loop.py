@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from shared.errors import ConfigError, TrainingError
+from shared.mobilevlm import keep_float32
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet, Scores
@@ -56,7 +57,7 @@ def train(
 
     Raises:
         TrainingError: fewer samples than a global batch, a batch that the processes cannot share,
-            or a loss that is not finite.
+            a micro-batch that needs more memory than the device has, or a loss that is not finite.
     """
     recipe = training_set.recipe
     last_step = num_steps(training_set, accelerator.num_processes)
@@ -71,6 +72,7 @@ def train(
     batches = micro_batches(
         training_set, first_step=first_step, last_step=last_step,
         rank=accelerator.process_index, world=accelerator.num_processes,
+        device=accelerator.device,
     )  # fmt: skip
     module.train()
     scores = None
@@ -80,7 +82,14 @@ def train(
     )  # fmt: skip
     with watch:
         for step, micro in enumerate(batches, start=first_step + 1):
-            terms = _gradients(module, student, micro, accelerator)
+            try:
+                terms = _gradients(module, student, micro, accelerator)
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"step {step}: micro-batches of {recipe.micro_batch} need more memory than "
+                    f"{accelerator.device} has; --set micro_batch to less changes no result, --set "
+                    "gradient_checkpointing=true trades time for memory"
+                ) from error
             norm = accelerator.clip_grad_norm_(module.parameters(), recipe.optim.clip_norm)
             watch.check(step, terms, micro)
             rate = float(scheduler.get_last_lr()[0])
@@ -90,13 +99,13 @@ def train(
             optimizer.zero_grad()
             watch.step(step, terms, float(norm), rate, recipe.global_batch)
             due = recipe.eval_every and step % recipe.eval_every == 0
-            if held_out is not None and (due or step == last_step):
-                scores = watch.evaluation(step, _evaluate(student, held_out, accelerator))
+            if held_out is not None and due and step != last_step:
+                watch.evaluation(step, _evaluate(student, held_out, accelerator))
             if step % recipe.save_every == 0 or step == last_step:
                 progress = {"step": step, "unlogged": watch.unlogged}
                 save_checkpoint(run, accelerator, progress, recipe.keep_checkpoints)
-    if scores is None and held_out is not None:  # resumed at the end
-        scores = _evaluate(student, held_out, accelerator)
+        if held_out is not None:  # behind the checkpoint: if this fails, the training is not lost
+            scores = watch.evaluation(last_step, _evaluate(student, held_out, accelerator))
     return Outcome(steps=last_step, seconds=watch.seconds, scores=scores)
 
 
@@ -109,8 +118,7 @@ def make_accelerator(recipe: Recipe, *, cpu: bool) -> Accelerator:
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[recipe.precision]
     # A micro-batch of text only uses neither the projector nor the adapters.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    # What is to be float32 is: convolutions (an adapter is one) would round to 10 bits.
-    torch.backends.cudnn.allow_tf32 = False
+    keep_float32()
     accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[unused])
     if mixed == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("precision float16 needs a GPU; on the CPU use bfloat16 or float32")

@@ -42,9 +42,15 @@ def plan_epoch(
 
 
 def micro_batches(
-    training_set: TrainingSet, *, first_step: int, last_step: int, rank: int, world: int
+    training_set: TrainingSet,
+    *,
+    first_step: int,
+    last_step: int,
+    rank: int,
+    world: int,
+    device: torch.device,
 ) -> Iterator[list[TrainingBatch]]:
-    """This process's micro-batches, step by step, from `first_step` on.
+    """This process's micro-batches, step by step, from `first_step` on, on their way to `device`.
 
     Worker processes are started by the call, not by the first step: what is forked then has no
     threads of logs and progress bars yet, whose locks a child would inherit as they are.
@@ -70,7 +76,7 @@ def micro_batches(
         batch_size=None,
         num_workers=recipe.workers,
         prefetch_factor=4 if recipe.workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",
     )
     return _steps(iter(loader), each)
 

@@ -119,12 +119,12 @@ class RunFolder:
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
 
-    def cut_log(self, step: int) -> None:
-        """Drop log lines of steps that a resumed run does again."""
+    def cut_log(self, step: int, last: int) -> None:
+        """Drop what a run resumed at `step` does again: later steps, the last evaluation."""
         file = self.path / "log.jsonl"
         if file.is_file():
             lines = file.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in lines if _is_kept(line, step, last)]
             put_file(file, "".join(f"{line}\n" for line in kept).encode())
 
 
@@ -203,8 +203,10 @@ def _read_settings(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _step_of(line: str) -> float:
+def _is_kept(line: str, step: int, last: int) -> bool:
     try:
-        return float(json.loads(line)["step"])
+        values = json.loads(line)
+        done = float(values["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that was cut short
+        return False  # a line that was cut short
+    return done <= step and not (done == last and "eval_loss" in values)

@@ -48,7 +48,7 @@ class Watch:
         if self._main:
             from torch.utils.tensorboard import SummaryWriter
 
-            run.cut_log(first)
+            run.cut_log(first, last)
             self._bar = tqdm(initial=first, total=last, unit="step", desc="train")
             self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1)
             self._file = (run.path / "log.jsonl").open("a", buffering=1)

@@ -329,7 +329,7 @@ def test_an_out_that_cannot_be_written(tmp_path: Path, tar: Path) -> None:
 
     line = error_line(command(tmp_path / "file" / "cache", tar, tmp_spec(tmp_path)))
 
-    assert "cannot be written" in line
+    assert line.endswith("file/cache: cannot be read (Not a directory)")
     assert str(tmp_path / "file" / "cache") in line
 
 
@@ -342,3 +342,17 @@ def tmp_spec(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("device", ["boat", "cuda:99", "cpu:x", "meta"])
 def test_a_device_that_is_not_there(tmp_path: Path, tar: Path, device: str) -> None:
     assert f"--device {device}: " in refused(tmp_path, tar, "--device", device)
+
+
+def test_a_batch_that_the_device_cannot_hold_is_one_line(
+    tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("cache_builder.teacher.Teacher.vision_tokens", too_much)
+
+    line = refused(tmp_path, tar, "--batch-size", "32")
+
+    assert f"{tar}: batches of 32 need more memory than cpu has" in line
+    assert "smaller --batch-size" in line

@@ -57,6 +57,18 @@ def test_a_second_run_builds_nothing_and_writes_nothing(out: Path, tars: list[Pa
     assert snapshot(out) == before
 
 
+@pytest.mark.parametrize("name", ["._t-0.json", "notes.txt", "a b.json"])
+def test_what_lies_beside_the_records_is_passed_over(
+    out: Path, tars: list[Path], name: str
+) -> None:
+    (out / "records" / name).write_bytes(b"\0macOS")
+
+    report = build(out, tars)
+
+    assert (report.built, report.present) == (0, 2)
+    assert len(open_cache(out)) == 4
+
+
 def test_only_a_shard_without_record_is_rebuilt(out: Path, tars: list[Path]) -> None:
     before = stored_digests(out)
     kept = record(out, "t-1")

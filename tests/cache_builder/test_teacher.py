@@ -121,7 +121,7 @@ def test_catching_a_layer_that_is_not_run_is_an_error() -> None:
 def test_top_k_and_the_rest_are_the_whole_distribution(k: int, seed: int, scale: float) -> None:
     logits = scale * torch.randn(3, 11, generator=torch.Generator().manual_seed(seed))
 
-    ids, logprobs, rest = top_k(logits, k)
+    ids, logprobs, rest = top_k(logits, torch.eye(11), k)
 
     expected = logits.double().log_softmax(-1)
     torch.testing.assert_close(logprobs.double(), expected.gather(-1, ids), rtol=1e-5, atol=1e-5)
@@ -137,7 +137,35 @@ def test_top_k_and_the_rest_are_the_whole_distribution(k: int, seed: int, scale:
 def test_the_rest_is_exact_where_the_top_hold_nearly_everything() -> None:
     logits = torch.tensor([[40.0, 0.0, 0.0]])
 
-    _, _, rest = top_k(logits, 1)
+    _, _, rest = top_k(logits, torch.eye(3), 1)
 
     assert rest is not None
     assert rest.item() == pytest.approx(np.log(2) - 40, rel=1e-5)  # log(1 - p) would be -inf
+
+
+def test_top_k_does_not_depend_on_how_many_rows_are_computed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(7, 16), torch.randn(50, 16)
+    expected = top_k(hidden, head, 5)
+
+    monkeypatch.setattr("cache_builder.teacher._MOST_LOGITS", 3 * 4 * 50)
+    found = top_k(hidden, head, 5)
+
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    none = top_k(hidden[:0], head, 5)
+    assert [part.shape for part in none if part is not None] == [(0, 5), (0, 5), (0,)]
+
+
+def test_logits_of_a_half_precision_teacher_are_not_rounded() -> None:
+    torch.manual_seed(0)
+    hidden, head = (3 * torch.randn(n, 64).to(torch.bfloat16) for n in (9, 200))
+
+    ids, logprobs, _ = top_k(hidden, head, 20)
+
+    exact = (hidden.double() @ head.double().T).log_softmax(-1)
+    torch.testing.assert_close(logprobs.double(), exact.gather(-1, ids), rtol=1e-5, atol=1e-4)
+    rounded = (hidden @ head.T).float().log_softmax(-1).double()
+    assert (rounded - exact).abs().max() > 0.1

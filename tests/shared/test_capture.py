@@ -199,3 +199,47 @@ def test_weights_of_half_precision_inputs_are_computed_in_float32() -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
     assert (found.sum(-1) < 1).all()
+
+
+def test_rows_and_gradients_do_not_depend_on_how_many_are_computed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = batch(*SHAPES)
+    rows = caught_rows(llama(2), [0, 1], inputs)
+    expected = gradients(llama(2), inputs)
+
+    # Scores of three rows: 4 bytes, 3 samples, 4 heads, all tokens.
+    monkeypatch.setattr("shared.capture._MOST_SCORES", 3 * 4 * 3 * 4 * inputs[0].shape[1])
+    embeds = inputs[0].detach()
+    found = caught_rows(llama(2), [0, 1], (embeds, *inputs[1:]))
+    again = gradients(llama(2), (embeds.clone(), *inputs[1:]))
+
+    for layer, values in rows.items():
+        torch.testing.assert_close(found[layer], values)
+    assert again.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_scores_of_all_rows_are_not_kept_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = batch((3, 200), (5, 180))
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    def largest() -> int:
+        kept.clear()
+        model = llama(2)
+        with catch_query_key(model.model.layers, [0]) as caught:
+            model(inputs_embeds=inputs[0])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            text_to_vision(caught[0], *inputs[1:], 200)
+        return max(kept)
+
+    tokens = inputs[0].shape[1]
+    assert largest() >= 2 * 4 * 200 * tokens
+
+    monkeypatch.setattr("shared.capture._MOST_SCORES", 10 * 4 * 2 * 4 * tokens)
+    assert largest() <= 2 * 4 * 200 * VISION

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from shared.checkpoint import SETTINGS, ModelFolder, copy_settings, weights_digest, write_weights
 from shared.errors import CheckpointError
@@ -62,6 +63,40 @@ def test_a_name_that_is_no_hub_id_is_a_missing_folder(name: str) -> None:
     else:
         with pytest.raises(CheckpointError, match="no such folder"):
             ModelFolder(name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), LocalEntryNotFoundError("cannot reach the hub"),
+     ConnectionError("reset by peer")],
+    ids=["a full disk", "no hub", "a lost connection"],
+)  # fmt: skip
+def test_weights_that_cannot_be_fetched_are_named_with_the_reason(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(_name: str, file: str) -> str:
+        if file.endswith(".index.json"):
+            raise EntryNotFoundError("404")
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(TEACHER))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+
+    with pytest.raises(CheckpointError, match=r"org/model: model\.safetensors cannot be"):
+        ModelFolder("org/model").tensor_files()
+
+
+def test_a_model_without_weights_on_the_hub_is_said_to_have_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fetch(_name: str, _file: str) -> str:
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(TEACHER))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+
+    with pytest.raises(CheckpointError, match="org/model: no weights"):
+        ModelFolder("org/model").tensor_files()
 
 
 def test_the_digest_depends_on_names_types_shapes_and_values_only() -> None:

@@ -195,7 +195,10 @@ def seen(
     samples: TrainingSet, *, first: int, last: int, rank: int = 0, world: int = 1
 ) -> list[list[list[int]]]:
     """Lengths of the samples of each step's micro-batches."""
-    steps = micro_batches(samples, first_step=first, last_step=last, rank=rank, world=world)
+    steps = micro_batches(
+        samples, first_step=first, last_step=last, rank=rank, world=world,
+        device=torch.device("cpu"),
+    )  # fmt: skip
     return [[batch.sequences.lengths.tolist() for batch in step] for step in steps]
 
 

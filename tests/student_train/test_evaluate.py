@@ -10,7 +10,7 @@ from shared.images import ImageProcessor
 from shared.mobilevlm import MobileVLM, load_model
 from shared.samples import index_tar, read_sample
 from shared.tokenizer import load_tokenizer
-from student_train.evaluate import HeldOutSample, HeldOutSet, Scores, encode
+from student_train.evaluate import HeldOutSample, HeldOutSet, Scores, encode, passes
 from tests.student_train.support import (
     STUDENT,
     aligned,
@@ -217,3 +217,34 @@ def test_a_limit_takes_the_first_samples(tars: list[Path]) -> None:
 def test_scores_of_nothing_have_no_rate() -> None:
     assert Scores().exact_match is None
     assert Scores().loss == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices"),
+    [
+        ([], []),
+        ([3], [(0, 1)]),
+        ([50, 3, 3], [(0, 1), (1, 3)]),  # one that is too long alone goes alone
+        ([2, 2, 2, 2, 2, 2], [(0, 5), (5, 6)]),
+        ([1, 1, 1, 9, 1, 1], [(0, 3), (3, 4), (4, 6)]),
+    ],
+)
+def test_a_pass_holds_as_many_padded_tokens_as_it_may(
+    sizes: list[int], slices: list[tuple[int, int]]
+) -> None:
+    assert list(passes(sizes, 10)) == [slice(*bounds) for bounds in slices]
+
+
+def test_scores_do_not_depend_on_how_much_goes_through_the_model_at_once(
+    tars: list[Path], model: MobileVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = held_out(tars[0])
+    samples = prepared(questions, tars[0])
+    together, answers = questions.score(model), questions.answers(model, samples)
+
+    monkeypatch.setattr("student_train.evaluate._MOST_TOKENS", 600)
+
+    apart = questions.score(model)
+    assert questions.answers(model, samples) == answers
+    assert (apart.positions, apart.answers) == (together.positions, together.answers)
+    assert apart.loss == pytest.approx(together.loss, rel=1e-5)

@@ -3,6 +3,7 @@ had happened.
 """
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from shared.cache import Cache
 from shared.checkpoint import ModelFolder
 from shared.mobilevlm import MobileVLM, load_model
+from student_train.evaluate import HeldOutSet, Scores
 from student_train.lineage import code_identity
 from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
 from student_train.student import TERMS
@@ -40,7 +42,7 @@ from tests.student_train.support import (
     training_set,
     write_recipe,
 )
-from tests.support import CLIP, build, teacher_copy
+from tests.support import CLIP, build, error_line, teacher_copy
 
 # 12 steps; log lines, evaluations and checkpoints fall on different steps.
 RUN: dict[str, Any] = {
@@ -377,6 +379,48 @@ def test_a_run_killed_while_exporting_exports_again(
     resume(out, tars, orphan_cache)
 
     assert_same_run(out, undisturbed)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_run_killed_in_its_last_evaluation_has_its_last_checkpoint_and_evaluates_again(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOutSet, "score", out_of_memory_at(3))
+        with pytest.raises(MemoryError):
+            train(out, tars, orphan_cache, "--eval-data", tars[1], **RUN)
+    assert RunFolder(out).checkpoints()[-1].name == "step-00000012"
+    assert not (out / "export").exists()
+
+    resume(out, tars, orphan_cache)
+
+    assert_same_run(out, undisturbed)
+
+
+def out_of_memory_at(call: int) -> Callable[..., Scores]:
+    """`HeldOutSet.score` that fails when it is called for the nth time."""
+    score, calls = HeldOutSet.score, itertools.count(1)
+
+    def scored(*given: Any, **options: Any) -> Scores:
+        if next(calls) == call:
+            raise MemoryError
+        return score(*given, **options)
+
+    return scored
+
+
+def test_a_batch_that_the_device_cannot_hold_is_one_line(
+    tars: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("student_train.student.AlignedStudent.forward", too_much)
+
+    line = error_line(train(tmp_path / "run", tars, None, **RUN))
+
+    assert "step 1: micro-batches of 2 need more memory than cpu has; --set micro_batch" in line
 
 
 @pytest.mark.usefixtures("_one_thread")

@@ -99,6 +99,8 @@ def main(samples: int, rounds: int, cold: bool) -> None:
         rates = {way.name: samples / best[way.name] for way in ways}
         _print(ways, rates, samples, cold)
         _print_workers(open_cache(Path(folder) / "ours"), order, rounds)
+        if not cold:
+            _print_first_reads(Path(folder) / "many", signals, rounds)
 
 
 def _print(ways: Sequence[Way], rates: dict[str, float], samples: int, cold: bool) -> None:
@@ -123,6 +125,21 @@ def _print_workers(cache: Cache, order: npt.NDArray[np.int64], rounds: int) -> N
         for workers in (1, 2)
     }
     print(f"\n2 DataLoader workers / 1: {seconds[1] / seconds[2]:.2f} ({os.cpu_count()} cores)")
+
+
+def _print_first_reads(out: Path, signals: Sequence[Signals], rounds: int) -> None:
+    """A shard's first sample, for which it is opened, and its second."""
+    shards = 64
+    write_cache(out, CacheSpec.load(SPEC), signals, samples=2 * shards, shards=shards)
+    best, buffers = [float("inf")] * 2, BatchBuffers()
+    for _ in range(rounds):
+        cache = open_cache(out)
+        for turn in range(2):
+            begun = time.perf_counter()
+            for key in cache.keys()[turn::2]:
+                cache.read_batch([key], buffers=buffers)
+            best[turn] = min(best[turn], (time.perf_counter() - begun) / shards)
+    print(f"a shard's first sample {1e3 * best[0]:.1f} ms, its second {1e3 * best[1]:.1f} ms")
 
 
 class _Batches(torch.utils.data.Dataset[int]):

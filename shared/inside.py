@@ -110,8 +110,8 @@ def list_inside(root: Path, path: str) -> list[Entry]:
         OSError: it cannot be read.
     """
     try:
-        with folder_inside(root, path) as folder, os.scandir(folder) as found:
-            return sorted(map(_entry, found), key=lambda entry: entry.name)
+        with folder_inside(root, path) as folder:
+            return _entries(folder)
     except FileNotFoundError:
         return []
 
@@ -123,16 +123,35 @@ def walk_inside(root: Path, path: str) -> Iterator[tuple[str, Entry]]:
         DamagedError: the folder itself is a link or no folder, or folders lie 16 deep.
         OSError: it cannot be read.
     """
-    pending = [PurePosixPath()]
-    while pending:
-        folder = pending.pop()
-        if len(folder.parts) > 16:
-            raise DamagedError(f"{root / path / folder}: lies too deep for a shard")
-        for entry in list_inside(root, str(PurePosixPath(path) / folder)):
-            if entry.kind == "folder":
-                pending.append(folder / entry.name)
-            else:
-                yield str(folder / entry.name), entry
+    try:
+        with folder_inside(root, path) as folder:
+            yield from _walk(root, PurePosixPath(path), folder, PurePosixPath())
+    except FileNotFoundError:
+        return
+
+
+def _walk(
+    root: Path, path: PurePosixPath, folder: int, place: PurePosixPath
+) -> Iterator[tuple[str, Entry]]:
+    if len(place.parts) > 16:
+        raise DamagedError(f"{root / path / place}: lies too deep for a shard")
+    for entry in _entries(folder):
+        if entry.kind != "folder":
+            yield str(place / entry.name), entry
+            continue
+        try:
+            inner = os.open(entry.name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+        except OSError as error:
+            raise _explained(error, root, path / place / entry.name) from error
+        try:
+            yield from _walk(root, path, inner, place / entry.name)
+        finally:
+            os.close(inner)
+
+
+def _entries(folder: int) -> list[Entry]:
+    with os.scandir(folder) as found:
+        return sorted(map(_entry, found), key=lambda entry: entry.name)
 
 
 def _entry(found: "os.DirEntry[str]") -> Entry:

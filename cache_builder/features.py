@@ -116,7 +116,7 @@ class _TarRun:
             self._run_tower(next(self.tar.pixels))
         self._skip({s.key: self.unusable.get(s.image_digest or "") for s in samples})
         usable = [sample for sample in samples if sample.key not in self.skipped]
-        if usable and (self.spec.attention or self.spec.logprobs):
+        if usable and (self.spec.logprobs or (self.spec.attention and _digests(usable))):
             self._run_decoder(usable)
         self.uses.subtract(digests)
         for digest in digests:

@@ -1,6 +1,7 @@
 """What can be trained on: samples of the tars, and what a cache has of them, read in any order."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from shared.prompt import IMAGE_TOKEN, Prompt, build_prompt, check_length
 from shared.record import Skipped
 from shared.samples import SampleEntry, TarIndex, index_tars, read_image, read_sample
 from shared.sequence import SequenceBatch, pad_sequences
-from shared.spec import CacheSpec, canonical_digest
+from shared.spec import CacheSpec
 from shared.strict import shown
 from shared.tokenizer import Tokenizer
 from student_train.batch import Targets, TrainingBatch
@@ -84,11 +85,14 @@ class TrainingSet(Dataset[list[int]]):
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the order of the samples: a resumed run must find the same."""
-        lengths = {
-            entry.key: int(length)
-            for (_, entry), length in zip(self.entries, self.lengths, strict=True)
-        }
-        return {"samples": len(lengths), "sha256": canonical_digest(lengths)}
+        # canonical_digest of {key: length}, without that text in memory: keys are in order.
+        digest, before = hashlib.sha256(b"{"), ""
+        each = zip(self.entries, self.lengths.tolist(), strict=True)
+        for (_, entry), length in tqdm(each, total=len(self), desc="identify samples", delay=2):
+            digest.update(f"{before}{json.dumps(entry.key)}:{length}".encode())
+            before = ","
+        digest.update(b"}")
+        return {"samples": len(self), "sha256": digest.hexdigest()}
 
     def __getitem__(self, numbers: Sequence[int]) -> TrainingBatch:  # type: ignore[override]
         """The batch of these samples; one with a broken image is left out and listed."""
@@ -249,21 +253,24 @@ def _fitting(lengths: Mapping[str, int], recipe: Recipe) -> tuple[dict[str, int]
 def _match(where: Mapping[str, object], source: TeacherSource) -> dict[str, int]:
     """Lengths of the samples that are in the tars and in the cache."""
     known = source.keys()
-    absent = [key for key in known if key not in where]
-    if absent and len(absent) == len(known):
+    each = tqdm(
+        zip(known, source.lengths.tolist(), strict=True), total=len(known), unit="sample",
+        desc="match samples", delay=2,
+    )  # fmt: skip
+    lengths = {key: length for key, length in each if key in where}
+    if known and not lengths:
         raise TrainingError(
-            f"none of the cache's {len(known)} samples is in --data (the first: {absent[0]!r}); "
+            f"none of the cache's {len(known)} samples is in --data (the first: {known[0]!r}); "
             "give the tars that the cache was built from"
         )
-    if absent:
-        log.info("%d of the cache's %d samples are not in --data", len(absent), len(known))
-    if unknown := len(where) - (len(known) - len(absent)):
+    if absent := len(known) - len(lengths):
+        log.info("%d of the cache's %d samples are not in --data", absent, len(known))
+    if unknown := len(where) - len(lengths):
         log.warning(
             "%d of the %d samples in --data are not in the cache and are left out; cache-tools "
             "info says what it skipped and whether its build is complete", unknown, len(where),
         )  # fmt: skip
-    lengths = zip(known, source.lengths.tolist(), strict=True)
-    return {key: length for key, length in lengths if key in where}
+    return lengths
 
 
 _SAME_TARS = (

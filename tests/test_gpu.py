@@ -7,16 +7,25 @@ import pytest
 import torch
 
 from cache_builder.build import build_cache
+from cache_builder.cli import cache_tools
 from cache_builder.setup import load_builder
 from shared import encodings
 from shared.cache import Cache, open_cache
 from shared.encodings import ENCODINGS
 from shared.spec import CacheSpec
 from shared.tensor_encodings import decode, encode
+from student_train.cli import train_student
 from student_train.losses import cross_entropy_and_topk_kl
 from student_train.training_set import TrainingSet
-from tests.student_train.support import aligned, batches_of, recipe, training_set
-from tests.support import CLIP, FULL, TEACHER
+from tests.student_train.support import (
+    aligned,
+    arguments,
+    batches_of,
+    recipe,
+    training_set,
+    write_recipe,
+)
+from tests.support import CLIP, FULL, TEACHER, invoke
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="no CUDA device")]
@@ -57,6 +66,61 @@ def test_decoding_gives_the_bits_of_numpy(name: str, device: torch.device) -> No
 
     expected = encodings.decode(name, {suffix: part.numpy() for suffix, part in parts.items()})
     np.testing.assert_array_equal(found.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
+def test_what_the_device_encodes_is_as_near_as_what_the_cpu_encodes(
+    name: str, device: torch.device
+) -> None:
+    values = torch.rand(7, 5, 16, generator=torch.Generator().manual_seed(0))
+    values = -values if ENCODINGS[name].family == "logprob" else values
+    errors = []
+    for place in (torch.device("cpu"), device):
+        parts = {suffix: part.cpu() for suffix, part in encode(name, values.to(place)).items()}
+        errors.append((decode(name, parts) - values).norm() / values.norm())
+
+    assert errors[1] <= 1.01 * errors[0]  # sums of a fit round otherwise
+
+
+def test_a_teacher_in_bfloat16_builds_a_whole_cache_in_the_default_encodings(
+    packed_tars: list[Path], cache: Cache, tmp_path: Path, device: torch.device
+) -> None:
+    spec = CacheSpec.from_dict(FULL | {
+        "attention": {"layers": [0], "encoding": "sqrt6"},
+        "vision_tokens": {"encoding": "channel6"},
+        "logprobs": {"top_k": 64, "encoding": "logprob8"},
+    })  # fmt: skip
+    built = load_builder(
+        spec, str(TEACHER), vision_tower=str(CLIP), device=str(device), dtype="bfloat16",
+        batch_size=None,
+    )  # fmt: skip
+    build_cache(built, packed_tars, tmp_path / "cache")
+
+    result = invoke(cache_tools, "verify", str(tmp_path / "cache"), "--decode")
+    assert result.exit_code == 0, result.output
+    found = open_cache(tmp_path / "cache")
+    for key in cache.keys():  # noqa: SIM118  (a Cache is not a dict)
+        ours, theirs = found.read(key).vision_tokens, cache.read(key).vision_tokens
+        if ours is not None and theirs is not None:
+            assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
+
+
+def test_a_student_trains_in_bfloat16_from_a_loader_that_pins(
+    packed_tars: list[Path], cache: Cache, tmp_path: Path
+) -> None:
+    file = write_recipe(
+        tmp_path / "recipe.yaml", template=cache.spec.template, precision="bfloat16", workers=1,
+        image_aspect=cache.spec.image_aspect, global_batch=2, micro_batch=1, max_steps=2,
+        gradient_checkpointing=True, loss={"focus_tokens": 4},
+    )  # fmt: skip
+    given = arguments(
+        tmp_path / "run", packed_tars, cache.root, file, "--eval-data", packed_tars[0]
+    )
+
+    result = invoke(train_student, *[word for word in given if word != "--cpu"])
+
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "export" / "pytorch_model.bin").is_file()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

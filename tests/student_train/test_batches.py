@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from shared.cache import Cache
+from shared.spec import canonical_digest
 from student_train.batch import TrainingBatch
 from student_train.plan import micro_batches, plan_epoch
 from student_train.student import TERMS
@@ -189,6 +190,18 @@ def test_batches_grouped_by_length_need_less_padding_and_come_in_random_order() 
     assert padding(True) < padding(False) / 10
     longest = lengths[plan_epoch(lengths, recipe(group_by_length=True), 0)].max(axis=1)
     assert longest.tolist() != sorted(longest.tolist(), reverse=True)
+
+
+def test_the_identity_of_a_training_set_is_the_digest_of_its_lengths_by_key(
+    mixed: TrainingSet,
+) -> None:
+    odd = [dataclasses.replace(e, key=f'{n:02d} é"\\') for n, (_, e) in enumerate(mixed.entries)]
+    entries = tuple((tar, entry) for (tar, _), entry in zip(mixed.entries, odd, strict=True))
+    samples = dataclasses.replace(mixed, entries=entries)
+
+    lengths = zip((entry.key for entry in odd), samples.lengths.tolist(), strict=True)
+
+    assert samples.identity == {"samples": len(samples), "sha256": canonical_digest(dict(lengths))}
 
 
 def seen(

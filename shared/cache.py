@@ -187,8 +187,11 @@ class Cache:
 
         Raises:
             KeyError: no such sample.
+            ValueError: no such signal.
             DamagedError: a file is missing or its bytes are not what was written.
         """
+        if not set(signals) <= set(SIGNALS):
+            raise ValueError(f"signals {sorted(signals)}, expected some of {SIGNALS}")
         places = [self._place(key) for key in keys]
         with_image = [place for place in places if place.image >= 0]
         tokens = [place.rows("token_offsets") for place in places]

@@ -31,11 +31,14 @@ class OneLineErrors:
     traceback.
     """
 
+    interrupted = "what was committed stays, nothing half counts"
+    "Said after Ctrl-C."
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)  # type: ignore[misc]
         except KeyboardInterrupt:
-            click.echo("Interrupted: what was committed stays, nothing half counts", err=True)
+            click.echo(f"Interrupted: {self.interrupted}", err=True)
             ctx.exit(130)  # as shells count a process that SIGINT ended
         except ProjectError as error:
             raise click.ClickException(printable(str(error))) from error

@@ -219,7 +219,7 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
             f"{folder.name}: mm_projector_type {published['mm_projector_type']!r}, "
             "only ldpnetv2 is supported"
         )
-    tower = ModelFolder(_tower_name(folder, published, vision_tower))
+    tower = _open_tower(folder, published, vision_tower)
     tower_config = tower.config()
     clip = CLIPVisionConfig(**tower_config.get("vision_config", tower_config))
     # A local tower goes along with what is exported, so its name is enough; a hub id stays one.
@@ -353,9 +353,21 @@ def _check_selection(folder: ModelFolder, published: Mapping[str, Any], depth: i
         )
 
 
-def _tower_name(folder: ModelFolder, published: Mapping[str, Any], vision_tower: str | None) -> str:
-    name = vision_tower or published.get("mm_vision_tower")
+def _open_tower(
+    folder: ModelFolder, published: Mapping[str, Any], vision_tower: str | None
+) -> ModelFolder:
+    if vision_tower is not None:
+        return ModelFolder(vision_tower)
+    name = published.get("mm_vision_tower")
     if not isinstance(name, str):
-        raise CheckpointError(f"{folder.name}: config.json has no mm_vision_tower")
+        raise CheckpointError(
+            f"{folder.name}: config.json has no mm_vision_tower; name one with --vision-tower"
+        )
     inside = folder.path / name
-    return str(inside) if vision_tower is None and inside.is_dir() else name
+    try:
+        return ModelFolder(str(inside) if inside.is_dir() else name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the vision tower that the config.json of {folder.name} names: {error}; a CLIP folder "
+            "of this machine is given with --vision-tower"
+        ) from error

@@ -31,10 +31,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML mapping from a file.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
+        ConfigError: the file cannot be read, is not YAML, has a key twice, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -42,6 +42,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
     return values
+
+
+class _DistinctKeys(yaml.SafeLoader):
+    """YAML's own rule, which its library does not keep: a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:  # as written: merging (`<<`) may override
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    "while reading a mapping", node.start_mark, f"key {key.value!r} stands twice",
+                    key.start_mark,
+                )  # fmt: skip
+            seen.add(key.value)
+        values: dict[Any, Any] = super().construct_mapping(node, deep)
+        return values
 
 
 def build(cls: type[T], values: object, where: str) -> T:

@@ -17,7 +17,11 @@ from shared.console import (
 )
 
 
-@click.command(cls=Command, name="train-student")
+class _Training(Command):
+    interrupted = "checkpoints stay; the same command with --resume goes on from the last"
+
+
+@click.command(cls=_Training, name="train-student")
 @click.option(
     "--cache", type=FOLDER,
     help="Teacher cache made by build-cache. Without it: plain supervised training.",

@@ -174,7 +174,7 @@ def load_recipe(name: str, settings: Sequence[str]) -> Recipe:
     values = read_yaml(path)
     for setting in settings:
         _apply(values, setting)
-    return build(Recipe, values, where=str(path))
+    return build(Recipe, values, where=" ".join([str(path), *(f"--set {s}" for s in settings)]))
 
 
 def _shipped() -> list[Any]:

@@ -21,7 +21,7 @@ from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet
 from student_train.lineage import code_identity
-from student_train.loop import Outcome, make_accelerator, train
+from student_train.loop import Outcome, make_accelerator, num_steps, train
 from student_train.probe import check_probe
 from student_train.runs import (
     RunFolder,
@@ -92,6 +92,8 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
         training_set = replace(training_set, accepted_tars=frozenset(map(_tar_of, other)))
         accepted |= other
     refuse_unused(inputs.accept, accepted)
+    held_out = _held_out(inputs, recipe, tokenizer, processor)
+    num_steps(training_set, accelerator.num_processes)  # refused before the run leaves a trace
     settings = {
         "recipe": recipe.to_dict(),
         "student_weights": weights_digest(student.state_dict()),
@@ -113,7 +115,6 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     )  # fmt: skip
     for sample in training_set.skipped[:20]:
         log.warning("skipped=%s reason=%s", sample.key, sample.reason)
-    held_out = _held_out(inputs, recipe, tokenizer, processor)
     outcome = train(student, training_set, held_out, run, accelerator, run.newest_checkpoint())
     if accelerator.is_main_process:
         _export(accelerator, student, folder, run, recipe, settings)

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -439,6 +441,19 @@ def test_signals_that_are_not_asked_for_are_not_read(cache: Cache) -> None:
     assert not batch.attention
     assert not batch.vision_tokens
     assert batch.top_ids is None
+
+
+def test_a_signal_of_another_name_is_refused(cache_path: Path) -> None:
+    # In a process of its own: here the types of arguments are checked, for users they are not.
+    program = (
+        f"import shared.cache as c; c.open_cache({str(cache_path)!r}).read_batch([], ['attn'])"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert "ValueError: signals ['attn'], expected some of" in done.stderr
 
 
 def digest(cache: Cache, key: str) -> int:

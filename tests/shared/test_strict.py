@@ -100,3 +100,18 @@ def test_a_yaml_error_is_one_line(tmp_path: Path) -> None:
         read_yaml(path)
 
     assert "\n" not in str(error.value)
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("template: v1\noptim:\n  lr: 1\n  warmup: 0\n  lr: 2\n")
+
+    with pytest.raises(ConfigError, match=r"key 'lr' stands twice.*line 5"):
+        read_yaml(path)
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("base: &base {a: 1, b: 2}\nmore: {<<: *base, b: 3}\n")
+
+    assert read_yaml(path)["more"] == {"a": 1, "b": 3}

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from shared.cache import Cache
-from shared.errors import MismatchError
+from shared.checkpoint import ModelFolder
+from shared.errors import CheckpointError, MismatchError
 from shared.images import ImageProcessor
+from shared.mobilevlm import read_config
 from student_train.setup import Inputs, check_fit
 from tests.student_train.support import SPEC, STUDENT, aligned, recipe, train
 from tests.support import CLIP, build, error_line, text_sample, write_tar
@@ -83,6 +85,31 @@ def test_another_number_of_vision_tokens(full_cache: Cache) -> None:
     processor = ImageProcessor(CLIP, "pad")
     with pytest.raises(MismatchError, match="vision_tokens: 576 there, 144 here"):
         check_fit(other, recipe(), load_tokenizer(STUDENT), processor, student.model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "says"),
+    [((), {"global_batch": 128, "micro_batch": 2}, "fewer than one global batch of 128"),
+     (("--eval-data", "nowhere-*.tar"), {}, "nowhere-*.tar")],
+    ids=["too few samples", "no held-out tars"],
+)  # fmt: skip
+def test_a_run_that_was_refused_can_be_begun_in_the_same_folder(
+    options: tuple[str, ...], changes: dict[str, Any], says: str, tars: list[Path], tmp_path: Path
+) -> None:
+    assert says in error_line(train(tmp_path / "run", tars, None, *options, **changes))
+
+    result = train(tmp_path / "run", tars, None, max_steps=1)
+
+    assert result.exit_code == 0, result.output
+
+
+def test_a_vision_tower_that_is_not_there_is_said_to_be_the_configs(tmp_path: Path) -> None:
+    folder = student_copy(tmp_path / "student", mm_vision_tower="openai/no/tower")
+
+    with pytest.raises(
+        CheckpointError, match=r"config\.json of .*student names: openai/no/tower: "
+    ):
+        read_config(ModelFolder(str(folder)))
 
 
 def test_a_student_layer_that_is_not_there(refused: Refused) -> None:

@@ -115,7 +115,8 @@ class _Place:
         start, stop = self.reader.whole(offsets)[self.row : self.row + 2].tolist()
         if stop - start > self.length:
             raise self.reader.damaged(
-                f"{offsets}: {stop - start} rows of a sample that has {self.length} tokens"
+                f"{offsets}: {stop - start} rows of a sample that has {self.length} tokens",
+                digests_fit=True,
             )
         return Rows(self.reader, start, stop)
 
@@ -249,7 +250,9 @@ class Cache:
         )
         if wrong is not None:
             number, what = wrong
-            raise places[number].reader.damaged(f"sample {keys[number]!r}: {what}")
+            raise places[number].reader.damaged(
+                f"sample {keys[number]!r}: {what}", digests_fit=True
+            )
 
     def _check_top_ids(self, keys: Sequence[str], top_ids: Array) -> None:
         """A loss would count a token twice that stands twice, or index beyond the logits."""

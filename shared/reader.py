@@ -142,11 +142,16 @@ class ShardReader:
             raise self.damaged(f"{name} {differs}")
         return array
 
-    def damaged(self, what: str) -> DamagedError:
-        """The error that says so of this shard, and what to do."""
+    def damaged(self, what: str, *, digests_fit: bool = False) -> DamagedError:
+        """The error that says so of this shard, and what to do.
+
+        Args:
+            digests_fit: only who decodes the shard finds it, its files are what its record says.
+        """
+        command = "cache-tools repair --decode" if digests_fit else "cache-tools repair"
         return DamagedError(
-            f"{self.root}: shard {self.record.name}: {what}. Run cache-tools repair {self.root}, "
-            f"then run build-cache on {self.record.tar.name} again"
+            f"{self.root}: shard {self.record.name}: {what}. Run {command} {self.root}, then run "
+            f"build-cache on {self.record.tar.name} again"
         )
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cache_builder.cli import cache_tools
 from shared.agreement import disagreement
 from shared.cache import Cache, open_cache
 from shared.errors import DamagedError
 from tests.malicious import DISAGREEMENTS, forge
-from tests.support import record
+from tests.support import invoke, record
 
 Facts = dict[str, Any]
 IGNORE, IMAGE = -100, -200
@@ -87,6 +88,9 @@ def test_a_batch_with_such_a_sample_is_refused_and_names_it(
         cache.read_batch(cache.keys())
 
     assert any(repr(key) in str(error.value) for key in record(cache.root, "ref-000000").keys)
+    assert f"Run cache-tools repair --decode {cache.root}" in str(error.value)
+    result = invoke(cache_tools, "repair", "--decode", str(cache.root))
+    assert "1 shards taken out; build again: ref-000000.tar" in result.stdout
 
 
 def test_no_samples_are_an_empty_batch(cache: Cache) -> None:

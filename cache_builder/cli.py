@@ -5,6 +5,8 @@ Imports are inside the commands, so that `--help` needs neither torch nor zarr.
 
 import dataclasses
 import json
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -221,11 +223,21 @@ def _summary_lines(cache: Path, summary: "Summary") -> list[str]:
     lines += [f"  {name:<18} {bytes_text(size):>10}" for name, size in summary.sizes.items()]
     if summary.identity:
         lines += _identity_lines(summary.identity)
-    lines += [f"skipped   {number} x {reason}" for reason, number in summary.skip_reasons.items()]
+    lines += _skip_lines(summary)
     lines += [f"pending   {name}" for name in summary.pending[:10]]
     if len(summary.pending) > 10:
         lines.append(f"pending   and {len(summary.pending) - 10} more")
     return lines
+
+
+def _skip_lines(summary: "Summary") -> Iterator[str]:
+    samples: defaultdict[str, list[str]] = defaultdict(list)
+    for sample in summary.skipped_samples:
+        samples[sample.reason].append(f"{sample.key} in {sample.shard}")
+    for reason, number in summary.skip_reasons.items():
+        more = ", ... (--json: all)" if number > 3 else ""
+        yield f"skipped   {number} x {reason}"
+        yield f"          {', '.join(samples[reason][:3])}{more}"
 
 
 def _identity_lines(identity: "dict[str, dict[str, object]]") -> list[str]:

@@ -17,6 +17,7 @@ import webdataset
 from tqdm import tqdm
 
 from shared.errors import ConfigError, InputError
+from shared.readable import is_file
 from shared.record import shard_name
 from shared.samples import IMAGE_SUFFIXES
 
@@ -44,8 +45,8 @@ def pack(
     parted, so it may hold a few more.
 
     Raises:
-        InputError: the JSON is not a list of annotations, an image is missing or leaves the
-            folder, `out` holds tars already or cannot be written.
+        InputError: the JSON is not a list of annotations, images are missing, cannot be read or
+            leave the folder, `out` holds tars already or cannot be written.
         ConfigError: no shard can have such a prefix.
     """
     if Path(prefix).name != prefix:
@@ -55,8 +56,8 @@ def pack(
     ids = [_key(entry) for entry in entries]
     keys = _distinct(ids)
     samples = [
-        _Packed(key=key, annotation=entry, image=_image_path(entry, images))
-        for key, entry in zip(keys, entries, strict=True)
+        _Packed(key=key, annotation=entry, image=image)
+        for key, entry, image in zip(keys, entries, _find_images(entries, images), strict=True)
     ]
     if sorted(out.glob(f"{prefix}-*.tar")):
         raise InputError(f"{out}: holds {prefix}-*.tar already; pack into an empty folder")
@@ -134,6 +135,23 @@ def _distinct(keys: Sequence[str]) -> list[str]:
     return distinct
 
 
+def _find_images(entries: Sequence[Mapping[str, Any]], images: Path) -> list[Path | None]:
+    paths, missing = list[Path | None](), list[str]()
+    for entry in tqdm(entries, unit="sample", desc="find images", delay=2):
+        path = _image_path(entry, images)
+        if path is not None and not is_file(path, InputError):
+            missing.append(entry["image"])
+        paths.append(path)
+    if missing:
+        names = list(dict.fromkeys(missing))
+        raise InputError(
+            f"{len(missing):,} of {len(entries):,} samples name an image that is not there: "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; put what is missing into "
+            f"{images}, name another folder with --images, or take these samples out of the JSON"
+        )
+    return paths
+
+
 def _image_path(entry: Mapping[str, Any], images: Path) -> Path | None:
     name = entry.get("image")
     if not name:
@@ -146,8 +164,6 @@ def _image_path(entry: Mapping[str, Any], images: Path) -> Path | None:
         raise InputError(
             f"sample {entry['id']!r}: image {name!r} is none of {', '.join(IMAGE_SUFFIXES)}"
         )
-    if not (images / name).is_file():
-        raise InputError(f"sample {entry['id']!r}: no image {images / name}")
     return images / name
 
 
@@ -180,7 +196,17 @@ def _write(path: Path, samples: Sequence[_Packed], bar: "tqdm[Any]") -> None:
                 "json": json.dumps(sample.annotation).encode(),
             }
             if sample.image is not None:
-                members[sample.image.suffix[1:].lower()] = sample.image.read_bytes()
+                members[sample.image.suffix[1:].lower()] = _read_image(sample.image)
             tar.write(members)
             bar.update()
     path.write_bytes(buffer.getvalue())
+
+
+def _read_image(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); make it readable or take its samples out "
+            "of the JSON, and pack into an empty folder"
+        ) from error

@@ -22,6 +22,18 @@ _SIGNALS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class SkippedSample:
+    """A sample that could not be used."""
+
+    key: str
+    "WebDataset key."
+    shard: str
+    "Named as its tar, without `.tar`."
+    reason: str
+    "Why."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """A cache at a glance."""
 
@@ -37,6 +49,8 @@ class Summary:
     "Samples that could not be used."
     skip_reasons: dict[str, int]
     "Reason -> samples."
+    skipped_samples: tuple[SkippedSample, ...]
+    "Each of them, in the order of shards."
     sizes: dict[str, int]
     "Signal -> bytes on disk."
     identity: dict[str, Any]
@@ -62,7 +76,12 @@ def summarise(root: Path) -> Summary:
     if not records and not planned:
         raise no_cache(root, "records or plans")
     specs = [spec_of(record) for record in records.values()]
-    reasons = Counter(s.reason for record in records.values() for s in record.skipped)
+    skipped = tuple(
+        SkippedSample(key=sample.key, shard=name, reason=sample.reason)
+        for name, record in records.items()
+        for sample in record.skipped
+    )
+    reasons = Counter(sample.reason for sample in skipped)
     sizes: Counter[str] = Counter()
     for array, size in sizes_by_array(list(records.values())).items():
         sizes[_signal(array)] += size
@@ -71,8 +90,9 @@ def summarise(root: Path) -> Summary:
         planned=len(planned | set(records)),
         samples=sum(len(record.keys) for record in records.values()),
         images=sum(max(record.images, default=-1) + 1 for record in records.values()),
-        skipped=sum(reasons.values()),
+        skipped=len(skipped),
         skip_reasons=dict(reasons.most_common()),
+        skipped_samples=skipped,
         sizes=dict(sizes.most_common()),
         identity=next(
             (

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shared.console import progress
 from shared.errors import CheckpointError
+from shared.readable import check_readable, is_file, is_folder
 
 SETTINGS = (
     "config.json",
@@ -39,16 +40,17 @@ class ModelFolder:
         """`name`: a local folder, else a hub id (only the files that are asked for are fetched).
 
         Raises:
-            CheckpointError: neither a folder nor a hub id that can be reached, or no config.json.
+            CheckpointError: neither a folder nor a hub id that can be reached, no config.json, or
+                a folder that may not be searched.
         """
         self.name = name
         self._fetch: Callable[[str], Path] | None = None
         path = Path(name)
-        if not path.is_dir():
+        if not is_folder(path, CheckpointError):
             path = self._open_hub(name)
         self.path = path
         "The local folder (for a hub id: its snapshot) that holds the small files."
-        if not (path / "config.json").is_file():
+        if not is_file(path / "config.json", CheckpointError):
             raise CheckpointError(f"{name}: no config.json; expected a model folder")
 
     @property
@@ -116,7 +118,7 @@ class ModelFolder:
     def _find(self, file: str) -> Path | None:
         if self._fetch is None:
             path = self.path / file
-            return path if path.is_file() else None
+            return path if is_file(path, CheckpointError) else None
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
@@ -194,16 +196,22 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _open_safetensors(path: Path) -> Any:
+    check_readable(path, CheckpointError)
     try:
         return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged or not safetensors ({error})") from error
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
+    check_readable(path, CheckpointError)
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: damaged, or more than tensors in it ({reason})") from error
     if not isinstance(loaded, dict):
@@ -228,7 +236,9 @@ def _check_inside(path: Path, names: Iterable[str], inside: Iterable[str]) -> No
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

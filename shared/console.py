@@ -2,8 +2,10 @@
 
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ DATA = click.option(
     "--data", required=True, multiple=True,
     help="Tars: a path, a brace range ('t-{000..099}.tar') or a glob, in quotes. Repeatable.",
 )  # fmt: skip
+_TARS = ("--data", "--eval-data")
+"Options that take one pattern of tars."
 DEVICE = click.option("--device", help="cpu, cuda, cuda:1, ....  [default: cuda if there is one]")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -47,9 +51,43 @@ class OneLineErrors:
 class Command(OneLineErrors, click.Command):
     """One command."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = [*args]  # parsing takes them away
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            expanded = _expanded_by_the_shell(given)
+            if expanded is None:
+                raise
+            option, tars = expanded
+            message = (
+                f"{len(tars):,} tars stand behind {option}, which takes one pattern: the shell has "
+                f"expanded it. Put it in quotes, as in {option} {shlex.quote(_pattern(tars))}"
+            )
+            raise click.UsageError(message, ctx) from error
+
 
 class Group(OneLineErrors, click.Group):
     """A command with subcommands."""
+
+
+def _expanded_by_the_shell(args: Sequence[str]) -> tuple[str, list[str]] | None:
+    """An option with more than one tar behind it, and these."""
+    for place, option in enumerate(args):
+        if option in _TARS:
+            tars = [*takewhile(lambda text: text.endswith(".tar"), args[place + 1 :])]
+            if len(tars) > 1:
+                return option, tars
+    return None
+
+
+def _pattern(tars: Sequence[str]) -> str:
+    """A pattern that finds them, if they are numbered tars of one folder."""
+    if len({os.path.dirname(tar) for tar in tars}) > 1:
+        return "tars/*.tar"
+    # Of characters, as is wanted here: commonpath would give the folder.
+    start = os.path.commonprefix([tar.removesuffix(".tar") for tar in tars])  # noqa: RUF071
+    return f"{start.rstrip('0123456789')}*.tar"
 
 
 def configure_logging(verbose: bool) -> None:

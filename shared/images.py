@@ -84,7 +84,9 @@ class ImageProcessor:
         path = folder / "preprocessor_config.json"
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         # The torchvision class rounds pixels differently (up to 1/255), so the class is fixed.
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

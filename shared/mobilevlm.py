@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from shared.checkpoint import ModelFolder
 from shared.console import progress
 from shared.errors import CheckpointError
+from shared.readable import is_folder
 
 GRID = 12
 "LDPv2 pools the patches to GRID x GRID vision tokens, whatever the tower (the original fixes it)."
@@ -363,9 +364,9 @@ def _open_tower(
         raise CheckpointError(
             f"{folder.name}: config.json has no mm_vision_tower; name one with --vision-tower"
         )
-    inside = folder.path / name
     try:
-        return ModelFolder(str(inside) if inside.is_dir() else name)
+        inside = folder.path / name
+        return ModelFolder(str(inside) if is_folder(inside, CheckpointError) else name)
     except CheckpointError as error:
         raise CheckpointError(
             f"the vision tower that the config.json of {folder.name} names: {error}; a CLIP folder "

@@ -5,6 +5,7 @@ at most one image. Both stages read by position, so that any order, subset and w
 members are never unpacked to disk.
 """
 
+import errno
 import glob
 import hashlib
 import io
@@ -14,6 +15,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import braceexpand
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from shared.bounds import MAX_SAMPLES, MAX_TEXT
 from shared.conversation import Conversation, parse_annotation
 from shared.errors import InputError, UnusableSample, printable
+from shared.readable import is_file, is_folder
 
 log = logging.getLogger(__name__)
 
@@ -94,20 +97,22 @@ def expand_tars(patterns: Sequence[str]) -> list[Path]:
     """Paths from brace ranges (`{000..099}.tar`) and globs, each once, in order.
 
     Raises:
-        InputError: a tar is missing, a glob matches nothing, two tars share a name, or the
-            braces do not pair.
+        InputError: a tar is missing, a folder or in a folder that may not be searched, a glob
+            matches nothing, two tars share a name, or the braces do not pair.
     """
     paths: list[Path] = []
     for pattern in patterns:
         for text in _expand_braces(pattern):
             found = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
             if not found:
-                raise InputError(f"{text}: matches no tar")
+                raise _no_match(text)
             paths += [Path(path) for path in found]
     paths = list(dict.fromkeys(paths))
     names: dict[str, Path] = {}
     for path in paths:
-        if not path.is_file():
+        if is_folder(path, InputError):
+            raise InputError(f"{path}: is a folder; expected tars, as '{path}/*.tar'")
+        if not is_file(path, InputError):
             raise InputError(f"{path}: no such tar (expanded from {' '.join(patterns)})")
         if (twin := names.setdefault(path.name, path)) != path:
             raise InputError(f"{path} and {twin} share a name; shards are named after their tars")
@@ -121,11 +126,24 @@ def _expand_braces(pattern: str) -> list[str]:
         raise InputError(f"{pattern}: not a brace range ({error})") from error
 
 
+def _no_match(pattern: str) -> InputError:
+    """Why a glob found nothing: glob itself passes over folders that it may not list."""
+    parts = Path(pattern).parts
+    folder = Path(*takewhile(lambda part: not glob.has_magic(part), parts))
+    try:
+        os.scandir(folder).close()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        return InputError(f"{folder}: cannot be read ({error.strerror}), for {pattern}")
+    return InputError(f"{pattern}: matches no tar")
+
+
 def index_tar(path: Path) -> TarIndex:
     """Read a tar's headers.
 
     Raises:
-        InputError: not a tar, cut short, or of more samples than a shard may hold.
+        InputError: cannot be read, not a tar, cut short, or of more samples than a shard may hold.
     """
     try:
         digest = hashlib.sha256()
@@ -137,9 +155,7 @@ def index_tar(path: Path) -> TarIndex:
     except (
         tarfile.TarError, OSError, ValueError, IndexError, OverflowError, RecursionError,
     ) as error:  # fmt: skip
-        raise InputError(
-            f"{path}: truncated or not a tar ({error}); fetch or pack it again"
-        ) from error
+        raise InputError(f"{path}: {_unread(error)}") from error
     samples: list[SampleEntry] = []
     skipped: dict[str, str] = {}
     for key, members in groups.items():
@@ -153,6 +169,13 @@ def index_tar(path: Path) -> TarIndex:
             "(cache-tools pack --samples-per-tar)"
         )
     return TarIndex(path=path, samples=tuple(samples), skipped=skipped, sha256=digest.hexdigest())
+
+
+def _unread(error: Exception) -> str:
+    # EINVAL comes of damage: a header that sends tarfile to where no file reaches.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return f"cannot be read ({error.strerror})"
+    return f"truncated or not a tar ({error}); fetch or pack it again"
 
 
 def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from shared.errors import CheckpointError
+from shared.readable import check_readable, is_file
 from shared.spec import canonical_digest
 
 PROBES = (
@@ -35,13 +36,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from the slow tokenizer that MobileVLM was trained with, unless told so.
 
     Raises:
-        CheckpointError: no tokenizer.model, or not a Llama tokenizer.
+        CheckpointError: no tokenizer.model, one that cannot be read, or not a Llama tokenizer.
     """
     from transformers import LlamaTokenizer
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-    if not (folder / "tokenizer.model").is_file():
+    if not is_file(folder / "tokenizer.model", CheckpointError):
         raise CheckpointError(f"{folder}: no tokenizer.model; expected a MobileVLM or Llama folder")
+    check_readable(folder / "tokenizer.model", CheckpointError)  # transformers asks for tiktoken
     try:
         tokenizer: Tokenizer = LlamaTokenizer.from_pretrained(
             # No limit here: it would only warn of long texts, which the spec's max_tokens refuses.

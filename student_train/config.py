@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from shared.errors import ConfigError
+from shared.readable import is_file
 from shared.spec import Aspect, Template
 from shared.strict import build, read_yaml
 
@@ -166,9 +167,9 @@ def load_recipe(name: str, settings: Sequence[str]) -> Recipe:
     """
     path = Path(name)
     shipped = resources.files("student_train") / "recipes" / f"{name}.yaml"
-    if not path.is_file() and shipped.is_file():
+    if not is_file(path, ConfigError) and shipped.is_file():
         path = Path(str(shipped))
-    if not path.is_file():
+    if not is_file(path, ConfigError):
         known = sorted(p.name.removesuffix(".yaml") for p in _shipped())
         raise ConfigError(f"{name}: no such recipe file, nor a shipped one ({', '.join(known)})")
     values = read_yaml(path)

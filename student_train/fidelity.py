@@ -23,8 +23,10 @@ from tqdm import tqdm
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder
 from shared.console import FOLDER, Command, configure_logging
+from shared.errors import CheckpointError
 from shared.images import ImageProcessor
 from shared.mobilevlm import keep_float32, load_model
+from shared.readable import is_file
 from shared.samples import expand_tars
 from shared.tokenizer import load_tokenizer
 from student_train.batch import TrainingBatch
@@ -127,7 +129,7 @@ def load_pair(inputs: Inputs, recipe: Recipe, exact: Cache, cache: Cache, name: 
 def inputs_of(name: str, vision_tower: str | None, cache: Cache, data: Sequence[str]) -> Inputs:
     """What a student is loaded from: a folder or hub id, or a run's export and adapters."""
     run = Path(name)
-    if not (run / "run.json").is_file():
+    if not is_file(run / "run.json", CheckpointError):
         student, adapters, accepted = name, None, []
     else:
         student, adapters = str(run / "export"), run / "adapters.safetensors"

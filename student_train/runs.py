@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoint import copy_settings, write_weights
 from shared.errors import TrainingError
 from shared.mobilevlm import MobileVLM
+from shared.readable import is_file
 from shared.record import differences
 from shared.store import put_file
 from student_train.config import WATCHING
@@ -58,7 +59,7 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run has begun here."""
-        return self._settings.is_file()
+        return is_file(self._settings, TrainingError)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to go on with a run that began with something else.

@@ -3,10 +3,13 @@
 Everything is made by the code that users run, or written to disk as users' files are.
 """
 
+import ctypes
 import io
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +174,39 @@ def error_line(result: Result) -> str:
     assert "Traceback" not in result.stderr
     assert lines[-1].startswith("Error: "), result.stderr
     return lines[-1]
+
+
+@contextmanager
+def denied(path: Path) -> Iterator[None]:
+    """Give `path` mode 000, for root too: tests in containers run as root, who reads all files.
+
+    What lets root do so are two of Linux's capabilities, which a thread can lay down and take up.
+    """
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        with _without_override():
+            yield
+    finally:
+        path.chmod(mode)
+
+
+@contextmanager
+def _without_override() -> Iterator[None]:
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    held = (ctypes.c_uint32 * 6)()  # twice: effective, permitted, inheritable
+    assert libc.capget(header, held) == 0
+    fewer = (ctypes.c_uint32 * 6)(*held)
+    fewer[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, fewer) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, held) == 0
 
 
 def record(out: Path, shard: str) -> ShardRecord:

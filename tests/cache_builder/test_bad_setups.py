@@ -19,6 +19,7 @@ from tests.support import (
     FULL,
     TEACHER,
     command,
+    denied,
     error_line,
     sample,
     teacher_copy,
@@ -63,6 +64,47 @@ def test_a_teacher_whose_config_is_no_json_object(
     (teacher / "config.json").write_bytes(text.encode() if isinstance(text, str) else text)
 
     assert "config.json" in refused(tmp_path, tar, teacher=teacher)
+
+
+def test_a_teacher_folder_that_may_not_be_searched(tmp_path: Path, tar: Path) -> None:
+    teacher = teacher_copy(tmp_path / "teacher")
+
+    with denied(teacher):
+        line = refused(tmp_path, tar, teacher=teacher)
+
+    assert f"{teacher}/config.json: cannot be read (Permission denied)" in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "tokenizer.model"])
+def test_a_teachers_file_that_may_not_be_read_is_named_and_not_called_damaged(
+    tmp_path: Path, tar: Path, name: str
+) -> None:
+    teacher = teacher_copy(tmp_path / "teacher")
+
+    with denied(teacher / name):
+        line = refused(tmp_path, tar, teacher=teacher)
+
+    assert line.endswith(f"{teacher / name}: cannot be read (Permission denied)")
+
+
+def test_safetensors_that_may_not_be_read_are_not_called_damaged(tmp_path: Path, tar: Path) -> None:
+    teacher = teacher_copy(tmp_path / "teacher")
+    save_file({"a": torch.zeros(1)}, teacher / "model.safetensors")
+
+    with denied(teacher / "model.safetensors"):
+        line = refused(tmp_path, tar, teacher=teacher)
+
+    assert line.endswith("model.safetensors: cannot be read (Permission denied)")
+
+
+def test_image_settings_that_may_not_be_read(tmp_path: Path, tar: Path) -> None:
+    tower = tmp_path / "tower"
+    shutil.copytree(CLIP, tower)
+
+    with denied(tower / "preprocessor_config.json"):
+        line = refused(tmp_path, tar, "--vision-tower", str(tower))
+
+    assert line.endswith("preprocessor_config.json: cannot be read (Permission denied)")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests.support import (
     ALIGN_ONLY,
     build,
     command,
+    denied,
     error_line,
     sample,
     skipped,
@@ -92,12 +93,52 @@ def test_a_file_that_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> Non
     )
 
 
-def test_a_folder_in_place_of_a_tar_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.tar").mkdir()
+def test_a_folder_in_place_of_tars_is_refused_with_the_pattern_that_was_meant(
+    tmp_path: Path, tars: list[Path]
+) -> None:
+    line = error_line(command(tmp_path / "cache", tars[0].parent, ALIGN_ONLY))
+
+    assert f"tars: is a folder; expected tars, as '{tmp_path}/tars/*.tar'" in line
+
+
+@pytest.mark.parametrize("pattern", ["t-0.tar", "t-{0..2}.tar"])
+def test_a_tar_in_a_folder_that_may_not_be_searched_is_one_line(
+    tmp_path: Path, tars: list[Path], pattern: str
+) -> None:
+    with denied(tmp_path / "tars"):
+        line = error_line(command(tmp_path / "cache", [f"{tmp_path}/tars/{pattern}"], ALIGN_ONLY))
+
+    assert "tars/t-0.tar: cannot be read (Permission denied)" in line
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "?/t-0.tar"])
+def test_a_glob_in_a_folder_that_may_not_be_listed_says_so(
+    tmp_path: Path, tars: list[Path], pattern: str
+) -> None:
+    with denied(tmp_path / "tars"):
+        line = error_line(command(tmp_path / "cache", [f"{tmp_path}/tars/{pattern}"], ALIGN_ONLY))
+
+    assert f"{tmp_path}/tars: cannot be read (Permission denied)" in line
+
+
+def test_a_tar_that_may_not_be_read_is_not_called_truncated(
+    tmp_path: Path, tars: list[Path]
+) -> None:
+    with denied(tars[1]):
+        line = error_line(command(tmp_path / "cache", tars, ALIGN_ONLY))
+
+    assert "1 of 3 tars could not be read, the others are built" in line
+    assert "t-1.tar: cannot be read (Permission denied)" in line
+    assert "truncated" not in line
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a Linux file that opens only")
+def test_a_tar_on_a_disk_that_fails_is_not_called_truncated(tmp_path: Path) -> None:
+    (tmp_path / "t.tar").symlink_to("/proc/self/mem")
 
     line = error_line(command(tmp_path / "cache", tmp_path / "t.tar", ALIGN_ONLY))
 
-    assert "t.tar: no such tar" in line
+    assert "t.tar: cannot be read (Input/output error)" in line
 
 
 def test_one_key_in_two_tars_is_refused_and_both_are_named(tmp_path: Path) -> None:

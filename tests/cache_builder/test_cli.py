@@ -92,6 +92,48 @@ def test_an_unknown_option_is_a_usage_error() -> None:
     assert invoke(build_cache, "--boat").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("build-cache", []),
+        ("cache-tools", ["fidelity", "cache", "--teacher", "x"]),
+        ("cache-tools", ["fidelity", "--teacher", "x"]),  # the second tar is taken for the cache
+        ("cache-tools", ["repair", "cache", "--teacher", "x"]),
+    ],
+)
+def test_a_pattern_that_the_shell_expanded_is_said_to_lack_its_quotes(
+    tmp_path: Path, name: str, given: list[str]
+) -> None:
+    tars = [str(write_tar(tmp_path / f"shard-00000{n}.tar")) for n in range(3)]
+    cli = build_cache if name == "build-cache" else cache_tools
+
+    result = invoke(cli, *given, "--data", *tars, "--device", "cpu")
+
+    assert result.exit_code == 2
+    assert "3 tars stand behind --data, which takes one pattern" in result.stderr
+    assert result.stderr.endswith(f"as in --data '{tmp_path}/shard-*.tar'\n")
+
+
+@pytest.mark.parametrize(
+    ("tars", "pattern"),
+    [
+        (["shard-09.tar", "shard-10.tar"], "shard-*.tar"),
+        (["t/a.tar", "t/b.tar"], "t/*.tar"),
+        (["it's-1.tar", "it's-2.tar"], "'it'\"'\"'s-*.tar'"),
+        (["a/x.tar", "b/x.tar"], "tars/*.tar"),
+    ],
+)
+def test_the_pattern_that_was_meant_is_guessed_from_the_tars(tars: list[str], pattern: str) -> None:
+    assert pattern in invoke(build_cache, "--data", *tars).stderr
+
+
+def test_an_argument_too_many_that_is_no_tar_is_named_as_before() -> None:
+    result = invoke(cache_tools, "info", "cache", "boat.tar")
+
+    assert result.exit_code == 2
+    assert "unexpected extra argument (boat.tar)" in result.stderr
+
+
 def test_a_missing_option_is_a_usage_error(tmp_path: Path) -> None:
     assert invoke(build_cache, "--out", str(tmp_path)).exit_code == 2
 
@@ -239,6 +281,38 @@ def test_info_counts_skips_by_reason(tmp_path: Path, tar: Path) -> None:
     result = invoke(cache_tools, "info", str(tmp_path / "cache"))
 
     assert "skipped   1 x image of zero bytes" in result.stdout
+
+
+@pytest.fixture
+def skipping(tmp_path: Path) -> Path:
+    """A cache of two tars with five samples skipped for two reasons."""
+    broken = [sample(f"b{n}", image=b"") for n in range(4)]
+    tars = [
+        write_tar(tmp_path / "t-0.tar", sample("a"), *broken[:2]),
+        write_tar(tmp_path / "t-1.tar", sample("c"), *broken[2:], sample("n", image=None)),
+    ]
+    command(tmp_path / "cache", tars, ALIGN_ONLY)
+    return tmp_path / "cache"
+
+
+def test_info_names_up_to_three_samples_for_each_reason_and_their_shards(skipping: Path) -> None:
+    lines = invoke(cache_tools, "info", str(skipping)).stdout.splitlines()
+
+    first = lines.index("skipped   4 x image of zero bytes")
+    assert lines[first + 1] == "          b0 in t-0, b1 in t-0, b2 in t-1, ... (--json: all)"
+    assert lines[first + 2].startswith("skipped   1 x ")
+    assert lines[first + 3] == "          n in t-1"
+
+
+def test_info_for_machines_lists_every_skipped_sample(skipping: Path) -> None:
+    found = json.loads(invoke(cache_tools, "info", str(skipping), "--json").stdout)
+
+    listed = found["skipped_samples"]
+    assert sorted((s["key"], s["shard"]) for s in listed) == [
+        ("b0", "t-0"), ("b1", "t-0"), ("b2", "t-1"), ("b3", "t-1"), ("n", "t-1"),
+    ]  # fmt: skip
+    assert {s["reason"] for s in listed if s["key"] != "n"} == {"image of zero bytes"}
+    assert (found["skipped"], found["skip_reasons"]["image of zero bytes"]) == (5, 4)
 
 
 def test_info_on_a_begun_build_lists_what_is_pending(tmp_path: Path, tar: Path) -> None:

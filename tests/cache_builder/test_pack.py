@@ -12,7 +12,7 @@ from cache_builder.cli import cache_tools
 from cache_builder.pack import pack
 from shared.cache import open_cache
 from shared.samples import index_tar, read_samples
-from tests.support import ALIGN_ONLY, annotation, build, error_line, invoke, png
+from tests.support import ALIGN_ONLY, annotation, build, denied, error_line, invoke, png
 
 
 def entry(key: object, image: object = None, **fields: Any) -> dict[str, Any]:
@@ -158,7 +158,8 @@ def test_members_carry_no_name_or_time_of_the_machine(tmp_path: Path, images: Pa
         (["a"], "expected a list of objects"),
         ([], "holds no samples"),
         ([{"conversations": []}], "entry 0 has no id"),
-        ([entry("a", "nowhere.png")], "no image"),
+        ([entry("a", "nowhere.png")], "1 of 1 samples name an image that is not there"),
+        ([entry("a", "no\0where.png")], "1 of 1 samples name an image that is not there"),
         ([entry("a", "../annotations.json")], "leaves the image folder"),
         ([entry("a", "/etc/passwd")], "leaves the image folder"),
         ([entry("a", "a.gif")], "none of jpg, jpeg, png, webp"),
@@ -171,6 +172,61 @@ def test_bad_annotations_are_named_and_nothing_is_written(
 ) -> None:
     assert message in error_line(run(tmp_path, entries, images))
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_missing_images_are_counted_and_some_of_them_named(tmp_path: Path, images: Path) -> None:
+    gone = [entry(f"g{n}", f"gone/{n % 5}.png") for n in range(1234)]
+
+    line = error_line(run(tmp_path, [*ENTRIES, *gone], images))
+
+    assert (
+        "1,234 of 1,241 samples name an image that is not there: gone/0.png, gone/1.png, "
+        "gone/2.png, ...; "
+    ) in line
+    assert f"put what is missing into {images}, name another folder with --images" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_up_to_three_missing_images_are_all_named(tmp_path: Path, images: Path) -> None:
+    gone = [entry(f"g{n}", f"{n}.png") for n in range(3)]
+
+    assert "not there: 0.png, 1.png, 2.png; " in error_line(run(tmp_path, gone, images))
+
+
+def test_an_image_that_cannot_be_read_is_named_and_not_taken_for_the_output(
+    tmp_path: Path, images: Path
+) -> None:
+    with denied(images / "b.png"):
+        line = error_line(run(tmp_path, ENTRIES, images))
+
+    assert f"{images}/b.png: cannot be read (Permission denied); make it readable" in line
+
+
+def test_a_folder_of_images_that_may_not_be_searched_is_one_line(
+    tmp_path: Path, images: Path
+) -> None:
+    with denied(images / "more"):
+        line = error_line(run(tmp_path, ENTRIES, images))
+
+    assert f"{images}/more/c.png: cannot be read (Permission denied)" in line
+
+
+def test_looking_for_many_images_shows_a_bar(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        """tqdm's: hours pass between samples."""
+
+        def __init__(self) -> None:
+            self.now = 0.0
+
+        def __call__(self) -> float:
+            self.now += 3600
+            return self.now
+
+    monkeypatch.setattr("tqdm.std.time", Clock())
+
+    assert "find images: 100%" in run(tmp_path, ENTRIES, images).stderr
 
 
 @pytest.mark.parametrize("text", ["", "[", "[" * 100_000])

@@ -14,6 +14,7 @@ from shared.errors import ConfigError
 from student_train.cli import train_student
 from student_train.config import WATCHING, Recipe, load_recipe
 from tests.student_train.support import environment, write_recipe
+from tests.support import invoke
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,14 @@ def test_every_option_has_help() -> None:
     assert train_student.help
     for option in train_student.params:
         assert getattr(option, "help", None), option.name
+
+
+@pytest.mark.parametrize("option", ["--data", "--eval-data"])
+def test_a_pattern_that_the_shell_expanded_is_said_to_lack_its_quotes(option: str) -> None:
+    result = invoke(train_student, option, "tars/shard-000000.tar", "tars/shard-000001.tar")
+
+    assert result.exit_code == 2
+    assert f"in quotes, as in {option} 'tars/shard-*.tar'" in result.stderr
 
 
 def test_a_missing_option_is_a_usage_error() -> None:

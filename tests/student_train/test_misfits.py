@@ -18,7 +18,7 @@ from shared.images import ImageProcessor
 from shared.mobilevlm import read_config
 from student_train.setup import Inputs, check_fit
 from tests.student_train.support import SPEC, STUDENT, aligned, recipe, train
-from tests.support import CLIP, build, error_line, text_sample, write_tar
+from tests.support import CLIP, build, denied, error_line, text_sample, write_tar
 
 Refused = Callable[..., str]
 
@@ -242,6 +242,19 @@ def test_a_tar_that_is_not_there(full_path: Path, tmp_path: Path) -> None:
     line = error_line(train(tmp_path / "run", [tmp_path / "absent.tar"], full_path))
 
     assert "no such tar" in line
+
+
+@pytest.mark.parametrize("option", ["--data", "--student", "--vision-tower", "--recipe", "--out"])
+def test_what_lies_in_a_folder_that_may_not_be_searched_is_one_line(
+    refused: Refused, tmp_path: Path, option: str
+) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir()
+
+    with denied(folder):
+        assert f"{folder}/x" in (line := refused(option, folder / "x", cache=None))
+
+    assert line.endswith("cannot be read (Permission denied)")
 
 
 def test_a_global_batch_larger_than_the_data(refused: Refused) -> None:

@@ -1,0 +1,39 @@
+"""Looking at what may not be looked at: our own error that names the file, not a traceback.
+
+`Path.is_file` raises for a file in a folder that may not be searched (from Python 3.14 on it says
+no), and libraries give reasons of their own for a file that may not be read.
+"""
+
+import stat
+from pathlib import Path
+
+from shared.errors import ProjectError
+
+
+def is_file(path: Path, error: type[ProjectError]) -> bool:
+    """Whether there is a file; `error` is raised where that cannot be told."""
+    return stat.S_ISREG(_mode(path, error))
+
+
+def is_folder(path: Path, error: type[ProjectError]) -> bool:
+    """Whether there is a folder; `error` is raised where that cannot be told."""
+    return stat.S_ISDIR(_mode(path, error))
+
+
+def check_readable(path: Path, error: type[ProjectError]) -> None:
+    """Raise `error` unless the file opens and its first byte can be read."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror})") from reason
+
+
+def _mode(path: Path, error: type[ProjectError]) -> int:
+    """Type and mode; 0 if there is nothing."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no name of a file
+        return 0
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror})") from reason

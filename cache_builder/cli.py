@@ -82,7 +82,7 @@ def build_cache(
 
     loaded_spec, tars, limit = CacheSpec.load(spec), expand_tars(data), SkipLimit.parse(max_skipped)
     if dry_run:
-        _dry_run(loaded_spec, teacher, vision_tower, tars, out, as_json)
+        _dry_run(loaded_spec, teacher, vision_tower, tars, out, dtype, as_json)
         return
     try:
         with stop_on_sigterm() as stop:
@@ -161,34 +161,36 @@ def info(cache: Path, as_json: bool) -> None:
 
 def _dry_run(
     spec: "CacheSpec", teacher: str, vision_tower: str | None, tars: list[Path], out: Path,
-    as_json: bool,
+    dtype: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    from cache_builder.estimate import estimate
+    from cache_builder.estimate import estimate, find_left
     from cache_builder.setup import load_teacher_tokenizer
     from cache_builder.teacher import check_spec
     from shared.checkpoint import ModelFolder
     from shared.errors import InputError
     from shared.mobilevlm import read_config
-    from shared.record import record_names, shard_name
+    from shared.record import shard_name
     from shared.samples import index_tars
 
     folder = ModelFolder(teacher)
     config = read_config(folder, vision_tower)
     check_spec(spec, config)
-    built = set(record_names(out))
-    left = [tar for tar in tars if shard_name(tar) not in built]
-    indexes, broken = index_tars(left)
+    for tar in tars:
+        shard_name(tar)  # refuses names that no shard may have
+    indexes, broken = index_tars(tars)
     if broken:
         raise InputError(
             f"{len(broken)} of {len(tars)} tars cannot be read: {'; '.join(map(str, broken[:3]))}"
         )
-    found = estimate(indexes, spec, config, load_teacher_tokenizer(folder, config))
+    tokenizer = load_teacher_tokenizer(folder, config)
+    left = find_left(indexes, out, spec, config, tokenizer, dtype)
+    found = estimate(left, spec, config, tokenizer)
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(found), "size": found.size}, indent=1))
     else:
         there = len(tars) - len(left)
         lines = [f"{there} of {len(tars)} tars have their shard in {out} already"] if there else []
-        click.echo("\n".join([*lines, *_estimate_lines(found, len(indexes))]))
+        click.echo("\n".join([*lines, *_estimate_lines(found, len(left))]))
 
 
 def _estimate_lines(found: "Estimate", shards: int) -> list[str]:

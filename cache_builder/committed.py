@@ -1,6 +1,6 @@
 """Records of a cache that other builds may be adding to while this one runs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,23 @@ ADVICE = "Build into another folder, or use what this cache was built with."
 class Committed:
     """The records, each compared with this build's identity once, when it is first seen."""
 
-    def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
-        """Raises:
-        DamagedError: a record cannot be read.
-        MismatchError: a shard was built with something else; both values are named.
+    def __init__(
+        self, root: Path, identity: Mapping[str, Any], unknown: Collection[str] = ()
+    ) -> None:
+        """
+        Args:
+            identity: of the build.
+            unknown: sections and values that `identity` lacks, as they are not known yet.
+
+        Raises:
+            DamagedError: a record cannot be read.
+            MismatchError: a shard was built with something else; both values are named.
         """
         self.records: dict[str, ShardRecord] = {}
         "Shard name -> record."
         self._root = root
         self._identity = identity
+        self._unknown = unknown
         self.refresh()
 
     def refresh(self) -> None:
@@ -28,5 +36,8 @@ class Committed:
         for name in record_names(self._root):
             if name not in self.records:
                 record = ShardRecord.load(self._root / RECORDS / f"{name}.json")
-                compare(f"{self._root}: shard {name}", record.identity, self._identity, ADVICE)
+                compare(
+                    f"{self._root}: shard {name}", record.identity, self._identity, ADVICE,
+                    accept=self._unknown,
+                )  # fmt: skip
                 self.records[name] = record

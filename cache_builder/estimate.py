@@ -7,18 +7,23 @@ tokenizer. Bytes are before lossless compression, so they are an upper estimate.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from cache_builder.build import find_pending
+from cache_builder.committed import Committed
 from cache_builder.prepare import PreparedSample, prepare
 from cache_builder.probe import choose
+from cache_builder.teacher import config_digest, teacher_facts
 from shared.encodings import ENCODINGS, id_dtype
+from shared.images import ImageProcessor
 from shared.mobilevlm import NUM_VISION, VLMConfig
-from shared.record import Skipped
+from shared.record import Skipped, record_names
 from shared.samples import TarIndex
 from shared.spec import CacheSpec
-from shared.tokenizer import Tokenizer
+from shared.tokenizer import Tokenizer, tokenizer_identity
 
 _MOST_SAMPLES = 2000
 "Samples that are tokenised for the estimate, or one per tar; totals are scaled from them."
@@ -60,6 +65,38 @@ class Estimate:
     def size(self) -> float:
         """Bytes of the whole cache, before compression."""
         return sum(signal.size for signal in self.signals)
+
+
+def find_left(
+    tars: Sequence[TarIndex],
+    out: Path,
+    spec: CacheSpec,
+    config: VLMConfig,
+    tokenizer: Tokenizer,
+    dtype: str | None,
+) -> list[TarIndex]:
+    """Tars whose shard `out` lacks; what is there must be of this build, as far as that is known
+    without reading weights or whole tars.
+
+    Args:
+        dtype: the teacher's number format; None where the device is to decide.
+
+    Raises:
+        MismatchError: `out` holds shards of another spec, teacher, tokenizer or tar.
+        DamagedError: a record cannot be read.
+        InputError: a tar holds a sample that a shard of another tar holds already.
+    """
+    if not record_names(out):
+        return list(tars)
+    identity = {
+        "spec": spec.to_dict(),
+        "teacher": {**teacher_facts(config), "config_sha256": config_digest(config)},
+        "tokenizer": tokenizer_identity(tokenizer),
+        "image_processor": ImageProcessor(config.tower_folder, spec.image_aspect).identity,
+        **({"numerics": {"dtype": dtype}} if dtype else {}),
+    }
+    unknown = ("teacher.weights_sha256", "numerics.attention" if dtype else "numerics")
+    return find_pending(Committed(out, identity, unknown).records, tars, out, by_headers=True)
 
 
 def estimate(

@@ -1,6 +1,7 @@
 """Taking damaged shards out of a cache, and saying or doing what brings them back."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ from cache_builder.gc import remove
 from cache_builder.verify import Report
 from shared.errors import CacheError, InputError
 from shared.inside import list_inside
+from shared.plan import plan_files, read_plan
 from shared.record import DATA, RECORDS, ShardRecord, compare, record_names, spec_of
+from shared.samples import index_tars
 from shared.spec import CacheSpec
 
 
@@ -25,11 +28,20 @@ def tars_to_rebuild(root: Path, report: Report) -> list[str]:
     ]
 
 
+def missing_shards(root: Path) -> list[str]:
+    """Planned shards without a record: never built, or taken out earlier."""
+    planned: set[str] = set()
+    for file in plan_files(root):
+        with suppress(CacheError):  # the report names it
+            planned |= set(read_plan(root, file))
+    return sorted(planned - set(record_names(root)))
+
+
 def take_out(root: Path, report: Report) -> None:
     """Remove the record, then the data, of every damaged shard, and damaged plans.
 
     Shards that are whole but do not belong together are left: which of them to keep is for people.
-    So are records of other versions.
+    So are records of other versions, and what cannot be read, which may be whole.
 
     Args:
         report: what is wrong, by `verify_cache`.
@@ -44,19 +56,57 @@ def take_out(root: Path, report: Report) -> None:
         _take_out_shard(root, name)
 
 
-def check_origin(root: Path, identity: Mapping[str, Any]) -> None:
+def check_origin(root: Path, report: Report, identity: Mapping[str, Any]) -> None:
     """Refuse to rebuild with what the cache was not built with, while it is still as it was.
 
     Args:
+        report: what is wrong, by `verify_cache`.
         identity: of the build that is to be.
 
     Raises:
         MismatchError: both values are named.
+        CacheError: a record stays that the build would stop at.
     """
     advice = "Nothing was taken out: name the teacher that built the cache."
     for name in record_names(root):
         if record := _record(root, name):
             compare(f"{root}: shard {name}", record.identity, identity, advice)
+        elif name not in report.bad_shards:
+            raise CacheError(
+                f"{root}: the record of shard {name} cannot be read or is of another version, and "
+                "a build reads all that stay. Nothing was taken out: mend it (cache-tools verify "
+                "says why), or leave --teacher and --data out"
+            )
+
+
+def check_tars(root: Path, report: Report, tars: Sequence[Path]) -> None:
+    """Refuse to rebuild from other tars than the shards were built from, while these are there.
+
+    A shard whose record is damaged cannot say what it was built from.
+
+    Args:
+        report: what is wrong, by `verify_cache`.
+        tars: those to build.
+
+    Raises:
+        MismatchError: both values are named.
+        InputError: a tar cannot be read.
+    """
+    from cache_builder.build import each_tar_facts  # torch, which `repair` alone does without
+
+    indexes, broken = index_tars(tars)
+    if broken:
+        raise InputError(
+            f"{len(broken)} of {len(tars)} tars to build cannot be read: "
+            f"{'; '.join(map(str, broken[:3]))}. Nothing was taken out: mend them, or leave "
+            "--teacher and --data out"
+        )
+    records = {name: record for name in report.bad_shards if (record := _record(root, name))}
+    known = [index for index in indexes if index.name in records]
+    advice = "Nothing was taken out: name the tar that the shard was built from."
+    for index, facts in each_tar_facts(known):
+        there = vars(records[index.name].tar)
+        compare(f"{root}: shard {index.name}: tar", there, vars(facts), advice)
 
 
 def choose_tars(wanted: Sequence[str], tars: Sequence[Path]) -> list[Path]:

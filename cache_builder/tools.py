@@ -21,9 +21,10 @@ from shared.console import (
     bytes_text,
     printable_lines,
 )
-from shared.errors import DamagedError
+from shared.errors import CacheError, DamagedError
 
 if TYPE_CHECKING:
+    from cache_builder.build import Builder
     from cache_builder.diff import CacheDiff, ShardDiff
     from cache_builder.gc import Leftover
     from cache_builder.verify import Report
@@ -36,6 +37,11 @@ _DECODE = click.option(
     "--decode", is_flag=True,
     help="Also read every sample: finite values, probabilities up to 1, ids of the vocabulary.",
 )  # fmt: skip
+
+_MEND = (
+    "mend permissions or the disk and run the same command again (to give a shard up, delete its "
+    "record)"
+)
 
 
 @click.command(cls=Command)
@@ -86,12 +92,15 @@ def repair(
     """Take damaged shards out of CACHE and say which tars to build again.
 
     With --teacher and --data they are built again at once, with the spec and number format of the
-    cache; another teacher is refused before anything is taken out. Shards that are whole but do
-    not belong together are named and left.
+    cache, and so are planned shards that are missing; another teacher or tar is refused before
+    anything is taken out. Shards that are whole but do not belong together are named and left,
+    and so is what cannot be read.
     """
     from cache_builder.repair import (
         check_origin,
+        check_tars,
         choose_tars,
+        missing_shards,
         spec_to_rebuild,
         take_out,
         tars_to_rebuild,
@@ -101,36 +110,82 @@ def repair(
     if bool(teacher) != bool(data):
         raise click.UsageError("--teacher and --data go together")
     if teacher:  # what would be in the way later is found before every byte is read
-        from cache_builder.build import build_cache
         from cache_builder.setup import load_builder
+        from shared.record import shard_name
         from shared.samples import expand_tars
 
         spec, dtype = spec_to_rebuild(cache)
-        tars = expand_tars(data)
+        tars = {shard_name(tar): tar for tar in expand_tars(data)}
     report = verify_cache(cache, workers=workers, decode=decode)
-    wanted = tars_to_rebuild(cache, report)
-    if teacher and wanted:  # and what is refused is refused before anything is taken out
-        chosen = choose_tars(wanted, tars)
+    wanted, missing = tars_to_rebuild(cache, report), missing_shards(cache)
+    chosen: list[Path] = []
+    if teacher:
+        chosen = choose_tars(wanted, list(tars.values()))
+        chosen += [tars[name] for name in missing if name in tars]
+        missing = [name for name in missing if name not in tars]
+    if teacher and chosen:  # and what is refused is refused before anything is taken out
+        check_tars(cache, report, chosen)
         builder = load_builder(
             spec, teacher, vision_tower=vision_tower, device=device, dtype=dtype, batch_size=None
         )
-        check_origin(cache, builder.identity)
+        check_origin(cache, report, builder.identity)
     take_out(cache, report)
-    left = [problem for problem in report.problems if problem.kind == "cache"]
     lines = [f"{problem}" for problem in report.problems if problem.kind != "cache"]
     lines.append(
         f"{cache}: {len(wanted)} shards taken out"
         + (f"; build again: {' '.join(wanted)}" if wanted else "")
     )
     click.echo(printable_lines(lines))
-    if teacher and wanted:
-        built = build_cache(builder, chosen, cache)
-        click.echo(f"{cache}: {built.built} shards built again, {built.samples} samples")
-    if left:
-        raise DamagedError(
-            f"{cache}: {len(left)} problems are left that taking shards out does not solve, the "
-            f"first: {left[0]}"
+    if chosen:
+        click.echo(_build_chosen(builder, chosen, cache))
+    if missing:
+        click.echo(printable_lines([_missing_line(cache, missing)]))
+    _refuse_what_is_left(cache, report)
+
+
+def _build_chosen(builder: "Builder", tars: Sequence[Path], cache: Path) -> str:
+    """What came of it."""
+    from cache_builder.build import build_cache
+    from cache_builder.stopping import Stopped, stop_on_sigterm
+
+    again = "run the same command again to continue"
+    try:
+        with stop_on_sigterm() as stop:
+            built = build_cache(builder, tars, cache, stop=stop)
+    except Stopped:
+        return f"{cache}: stopped by SIGTERM before a shard was built; {again}"
+    stopped = f"; stopped by SIGTERM with {built.left} shards left: {again}" if built.left else ""
+    return (
+        f"{cache}: {built.built} shards built, {built.samples} samples stored, "
+        f"{built.skipped} skipped{stopped}"
+    )
+
+
+def _missing_line(cache: Path, missing: Sequence[str]) -> str:
+    tars = ", ".join(f"{name}.tar" for name in missing[:3])
+    return (
+        f"{cache}: {len(missing)} planned shards have no record; build-cache builds them from "
+        f"their tars: {tars}{', ...' if len(missing) > 3 else ''}"
+    )
+
+
+def _refuse_what_is_left(cache: Path, report: "Report") -> None:
+    parts = []
+    if report.unreadable:
+        parts.append(f"{_unreadable(report)}, and are left as they are: {_MEND}")
+    if left := [problem for problem in report.problems if problem.kind == "cache"]:
+        parts.append(
+            f"{len(left)} problems are left that taking shards out does not solve, the first: "
+            f"{left[0]}"
         )
+    if parts:
+        raise CacheError(f"{cache}: {'; '.join(parts)}")
+
+
+def _unreadable(report: "Report") -> str:
+    return (
+        f"{len(report.unreadable)} shards or plans cannot be read: {_first_five(report.unreadable)}"
+    )
 
 
 @click.command(cls=Command)
@@ -209,6 +264,8 @@ def _verdict(cache: Path, report: "Report") -> str:
     if bad or others:
         repair = f"cache-tools repair {cache}"
         parts.append(f"{repair} takes out what is damaged and says what to build again")
+    if report.unreadable:
+        parts.append(f"{_unreadable(report)}; {_MEND}")
     if off:
         parts.append(
             f"{len(off)} shards hold other values than this teacher gives: {_first_five(off)}; "

@@ -15,7 +15,7 @@ from cache_builder.values import wrong_digests, wrong_value
 from shared.cache import Cache, open_cache
 from shared.errors import CacheError, DamagedError, MismatchError
 from shared.inside import Entry, open_inside, walk_inside
-from shared.plan import plan_files, read_plan
+from shared.plan import PLANS, plan_files, read_plan
 from shared.probe import compare_image, read_probe
 from shared.reader import ShardReader
 from shared.record import RECORDS, ShardRecord, differences, no_cache, record_names
@@ -28,9 +28,10 @@ Advance = Callable[[int], object]
 class Problem:
     """One thing that is wrong."""
 
-    kind: Literal["shard", "plan", "cache", "targets"]
+    kind: Literal["shard", "plan", "cache", "targets", "unreadable"]
     """What it spoils: a shard, which can be rebuilt; a plan, which nothing needs; the whole; a
-    shard that is as it was written, but not what its teacher gives."""
+    shard that is as it was written, but not what its teacher gives; nothing for all that is known,
+    as a shard or plan is there but the system does not let it be read."""
     place: str
     "The shard's name, or the plan's file."
     file: str
@@ -67,8 +68,18 @@ class Report:
 
     @property
     def bad_shards(self) -> list[str]:
-        """Shards that have to be rebuilt."""
-        return sorted({problem.place for problem in self.problems if problem.kind == "shard"})
+        """Shards that have to be rebuilt. None of `unreadable`, whatever else is wrong with it: a
+        disk that fails may say anything.
+        """
+        return sorted(self._places("shard") - self._places("unreadable"))
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Shards and plans of which a part cannot be read; they may be whole."""
+        return sorted(self._places("unreadable"))
+
+    def _places(self, kind: str) -> set[str]:
+        return {problem.place for problem in self.problems if problem.kind == kind}
 
 
 def verify_targets(
@@ -84,7 +95,8 @@ def verify_targets(
 
     cache = open_cache(root)
     builder = load_for(cache, teacher, vision_tower, device)
-    whole = [name for name in cache.records if name not in report.bad_shards]
+    bad = {*report.bad_shards, *report.unreadable}
+    whole = [name for name in cache.records if name not in bad]
     samples, problems = recompute(cache, builder, whole)
     return replace(report, recomputed=samples, problems=(*report.problems, *problems))
 
@@ -129,8 +141,10 @@ def _load_records(root: Path) -> tuple[dict[str, ShardRecord], list[Problem]]:
             records[name] = ShardRecord.load(root / RECORDS / f"{name}.json")
         except MismatchError as error:  # of another version: whole, for all that is known
             problems.append(Problem(kind="cache", place=name, file="", what=str(error)))
-        except CacheError as error:
+        except DamagedError as error:
             problems.append(Problem(kind="shard", place=name, file="", what=str(error)))
+        except CacheError as error:
+            problems.append(Problem(kind="unreadable", place=name, file="", what=str(error)))
     return records, problems
 
 
@@ -140,8 +154,10 @@ def _load_plans(root: Path) -> tuple[set[str], list[Problem]]:
     for file in plan_files(root):
         try:
             planned |= set(read_plan(root, file))
-        except CacheError as error:
+        except DamagedError as error:
             problems.append(Problem(kind="plan", place=file, file="", what=str(error)))
+        except CacheError as error:
+            problems.append(Problem(kind="unreadable", place=file, file="", what=str(error)))
     return planned, problems
 
 
@@ -172,14 +188,27 @@ def _check_files(root: Path, records: Collection[ShardRecord], workers: int) -> 
 def _check_shard(root: Path, record: ShardRecord, advance: Advance) -> list[Problem]:
     try:
         there = dict(walk_inside(root, record.data))
-    except (DamagedError, OSError) as error:
+    except DamagedError as error:
         return [Problem(kind="shard", place=record.name, file="", what=str(error))]
+    except OSError as error:
+        return [_unreadable(record, "", error)]
     problems = []
     for file in sorted({*there, *record.files}):
-        what = _check_file(root, record, file, there.get(file), advance)
+        try:
+            what = _check_file(root, record, file, there.get(file), advance)
+        except OSError as error:
+            problems.append(_unreadable(record, file, error))
+            continue
         if what is not None:
             problems.append(Problem(kind="shard", place=record.name, file=file, what=what))
     return problems
+
+
+def _unreadable(record: ShardRecord, file: str, error: OSError) -> Problem:
+    what = f"cannot be read ({error.strerror})"
+    if not file:
+        what = f"a folder in {record.data} {what}"
+    return Problem(kind="unreadable", place=record.name, file=file, what=what)
 
 
 def _check_file(
@@ -197,7 +226,9 @@ def _check_file(
         return f"is {there.size} bytes, expected {stored.size}"
     try:
         found = _sha256(root, f"{record.data}/{file}", advance)
-    except (OSError, DamagedError) as error:
+    except FileNotFoundError:
+        return f"vanished, expected {stored.size} bytes"
+    except DamagedError as error:
         return f"cannot be read ({error})"
     if found != stored.sha256:
         return f"has sha256 {found[:12]}, expected {stored.sha256[:12]}"
@@ -217,7 +248,7 @@ def _sha256(root: Path, path: str, advance: Advance) -> str:
 def _check_values(
     root: Path, records: Mapping[str, ShardRecord], known: Sequence[Problem], workers: int
 ) -> tuple[int, list[Problem]]:
-    bad = {problem.place for problem in known if problem.kind != "plan"}
+    bad = {problem.place for problem in known if not problem.place.startswith(f"{PLANS}/")}
     if not bad <= set(records) or any(problem.kind == "cache" for problem in known):
         return 0, []  # it cannot be opened as a whole; why is among the problems already
     cache = open_cache(root)
@@ -236,24 +267,33 @@ def _check_values(
 def _check_samples(cache: Cache, record: ShardRecord, advance: Advance) -> list[Problem]:
     problems = []
     for key in record.keys:
+        kind: Literal["shard", "unreadable"] = "shard"
         try:
             what = wrong_value(cache.read(key))
-        except DamagedError as error:
-            what = str(error)
+        except (DamagedError, OSError) as error:
+            kind, what = _kind(error), str(error)
         if what is not None:
             what = f"sample {shown(key)}: {what}"
-            problems.append(Problem(kind="shard", place=record.name, file="", what=what))
+            problems.append(Problem(kind=kind, place=record.name, file="", what=what))
         advance(1)
+    kind = "shard"
     try:
         whats = [*wrong_digests(ShardReader(root=cache.root, record=record))]
         for found in read_probe(cache.root, record):
             for name, (stored, computed) in compare_image(found, cache).items():
                 key = shown(found.key)
                 whats.append(f"sample {key}: {name}: {stored} stored, the probe's is {computed}")
-    except DamagedError as error:
-        whats = [str(error)]
-    problems += [Problem(kind="shard", place=record.name, file="", what=what) for what in whats]
+    except (DamagedError, OSError) as error:
+        kind, whats = _kind(error), [str(error)]
+    problems += [Problem(kind=kind, place=record.name, file="", what=what) for what in whats]
     return problems
+
+
+def _kind(error: Exception) -> Literal["shard", "unreadable"]:
+    """Whether an error of the reading code says damage, or passes on what the system said."""
+    reason = error if isinstance(error, OSError) else error.__cause__
+    absent = isinstance(reason, FileNotFoundError)
+    return "unreadable" if isinstance(reason, OSError) and not absent else "shard"
 
 
 def _count_leftovers(root: Path) -> int | None:

@@ -1,6 +1,7 @@
 """The commands as people and machines meet them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from cache_builder.cli import build_cache, cache_tools
 from tests.support import (
     ALIGN_ONLY,
+    CLIP,
     FULL,
     REFERENCE,
     TEACHER,
@@ -250,6 +252,70 @@ def test_a_dry_run_refuses_what_the_build_would_refuse(tmp_path: Path, tar: Path
     line = error_line(command(tmp_path / "cache", tar, deep, TEACHER, "--dry-run"))
 
     assert "attention layer 7, but the teacher has layers 0 to 2" in line
+
+
+def test_a_dry_run_in_a_folder_that_the_build_would_continue_finds_nothing_to_do(
+    tmp_path: Path, tar: Path
+) -> None:
+    command(tmp_path / "cache", tar, FULL)
+    options = ("--dry-run", "--dtype", "float32")
+
+    for given in (options[:1], options):
+        result = command(tmp_path / "cache", tar, FULL, TEACHER, *given)
+        assert "1 of 1 tars have their shard" in result.stdout, result.output
+
+
+@pytest.mark.parametrize(
+    "what", ["spec", "config", "dtype", "tokenizer", "processor", "tar", "record"]
+)
+def test_a_dry_run_refuses_a_cache_that_the_build_would_not_continue(
+    tmp_path: Path, tar: Path, what: str
+) -> None:
+    out, spec, teacher, tower, options = tmp_path / "cache", FULL, TEACHER, CLIP, ()
+    command(out, tar, spec)
+    if what == "spec":
+        spec = ALIGN_ONLY
+        named = "spec.logprobs: "
+    elif what == "config":
+        teacher = teacher_copy(tmp_path / "teacher", config={"rms_norm_eps": 0.5})
+        named = "teacher.config_sha256: '"
+    elif what == "dtype":
+        options = ("--dtype", "float16")
+        named = "numerics.dtype: 'float32' there, 'float16' here"
+    elif what == "tokenizer":
+        edit_record(out, "t", lambda values: values["identity"]["tokenizer"].update(bos=7))
+        named = "tokenizer.bos: 7 there, 1 here"
+    elif what == "processor":
+        tower = tmp_path / "clip"
+        shutil.copytree(CLIP, tower)
+        path = tower / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.0, 0.0, 0.0]}))
+        named = "image_processor.settings.image_mean: ["
+    elif what == "tar":
+        write_tar(tar, sample("a"), text_sample("other"))
+        named = "shard t: tar does not fit: index_sha256: '"
+    else:
+        (out / "records" / "t.json").write_text("{")
+        named = "not a record of format 1"
+
+    given = ("--vision-tower", str(tower), *options)
+    dry_line = error_line(command(out, tar, spec, teacher, "--dry-run", *given))
+    line = error_line(command(out, tar, spec, teacher, *given))
+
+    assert named in dry_line
+    assert named in line
+    assert dry_line.split(":")[:3] == line.split(":")[:3]
+
+
+def test_a_dry_run_refuses_a_sample_that_another_tars_shard_holds(
+    tmp_path: Path, tar: Path
+) -> None:
+    command(tmp_path / "cache", tar, FULL)
+    more = write_tar(tmp_path / "u.tar", sample("a"))
+
+    line = error_line(command(tmp_path / "cache", more, FULL, TEACHER, "--dry-run"))
+
+    assert "sample 'a' stands in t.tar and in u.tar" in line
 
 
 # Info

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from cache_builder.cli import build_cache
+from cache_builder.cli import build_cache, cache_tools
 from cache_builder.stopping import Stopped, StopRequest, stop_on_sigterm
 from tests.processes import arguments, start
 from tests.support import (
+    CLIP,
     FULL,
+    TEACHER,
     build,
     builder,
+    invoke,
     run_build,
     sample,
     stored_digests,
@@ -82,6 +85,45 @@ def test_sigterm_ends_a_build_with_0_and_the_same_command_continues_it(
     assert build(out, tars).built == 12 - built
     build(tmp_path / "alone", tars)
     assert stored_digests(out) == stored_digests(tmp_path / "alone")
+
+
+def repair_and_signal(given: list[str], out: Path) -> None:
+    """`cache-tools repair` that signals itself when a second shard is there."""
+
+    def watch() -> None:
+        while len(list(out.glob("records/*.json"))) < 2:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    cache_tools(given)
+
+
+def test_sigterm_ends_a_repair_that_rebuilds_with_0_and_the_same_command_continues_it(
+    tmp_path: Path, tars: list[Path]
+) -> None:
+    out = tmp_path / "cache"
+    build(out, tars)
+    before = stored_digests(out)
+    for tar in tars[1:]:
+        (out / "records" / f"{tar.stem}.json").unlink()
+    given = [
+        *("repair", str(out), "--teacher", str(TEACHER), "--vision-tower", str(CLIP)),
+        *("--data", str(tars[0].parent / "*.tar"), "--device", "cpu"),
+    ]
+
+    process = start(repair_and_signal, given, out, log=tmp_path / "log")
+    process.join()
+
+    output = (tmp_path / "log").read_text()
+    assert process.exitcode == 0, output
+    left = 12 - shards(out)
+    assert 0 < left < 11
+    assert output.splitlines()[-1].endswith(
+        f"; stopped by SIGTERM with {left} shards left: run the same command again to continue"
+    )
+    assert f"{left} shards built" in invoke(cache_tools, *given).stdout
+    assert stored_digests(out) == before
 
 
 def test_ctrl_c_ends_a_build_with_130_and_one_line(

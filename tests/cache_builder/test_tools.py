@@ -19,6 +19,7 @@ from cache_builder.cli import cache_tools
 from cache_builder.values import wrong_value
 from shared.cache import Cache, open_cache
 from shared.plan import plan_file
+from tests.processes import start
 from tests.support import (
     CLIP,
     FULL,
@@ -27,9 +28,12 @@ from tests.support import (
     edit_record,
     error_line,
     invoke,
+    png,
     record,
+    sample,
     stored_digests,
     teacher_copy,
+    write_tar,
 )
 
 BAD = "ref-000001"
@@ -389,7 +393,7 @@ def test_repair_rebuilds_when_it_is_given_the_teacher(root: Path, packed_tars: l
     )  # fmt: skip
 
     assert code == 0
-    assert "1 shards built again, 2 samples" in stdout
+    assert "1 shards built, 2 samples stored, 0 skipped" in stdout
     assert stored_digests(root) == before
     assert problems(root, "--decode") == []
 
@@ -429,6 +433,183 @@ def test_repair_without_the_tar_says_so_before_taking_the_shard_out(
     assert f"1 tars to rebuild are not in --data: {BAD}.tar. Nothing was taken out" in stderr
     assert sorted(root.rglob("*")) == before
     assert run("repair", root, "--teacher", TEACHER)[0] == 2
+
+
+def rebuild(root: Path, *tars: Path) -> tuple[int, str, str]:
+    return run(
+        "repair", root, "--teacher", TEACHER, "--vision-tower", CLIP, "--device", "cpu",
+        *(option for tar in tars for option in ("--data", tar)),
+    )  # fmt: skip
+
+
+def test_repair_from_another_tar_of_that_name_is_refused_before_anything_is_touched(
+    root: Path, tmp_path: Path
+) -> None:
+    other = write_tar(tmp_path / "other" / f"{BAD}.tar", sample("s2", image=png(7)))
+    flip(data(root) / "labels" / "c" / "0")
+    before, recorded = snapshot(root), record(root, BAD).tar
+
+    code, _, stderr = rebuild(root, other)
+
+    assert code == 1
+    assert f"shard {BAD}: tar does not fit: " in stderr
+    assert f"sha256: '{recorded.sha256}' there, '" in stderr
+    assert "Nothing was taken out: name the tar that the shard was built from" in stderr
+    assert snapshot(root) == before
+
+
+def test_repair_from_a_broken_tar_is_refused_before_anything_is_touched(
+    root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / f"{BAD}.tar").write_bytes(b"no tar")
+    flip(data(root) / "labels" / "c" / "0")
+    before = snapshot(root)
+
+    code, _, stderr = rebuild(root, tmp_path / f"{BAD}.tar")
+
+    assert code == 1
+    assert "1 of 1 tars to build cannot be read" in stderr
+    assert "Nothing was taken out" in stderr
+    assert snapshot(root) == before
+
+
+def test_repair_does_not_take_out_what_it_could_not_build_beside_a_foreign_record(
+    root: Path, packed_tars: list[Path]
+) -> None:
+    edit_record(root, "ref-000000", lambda values: values.update(format=2))
+    flip(data(root) / "labels" / "c" / "0")
+    before = snapshot(root)
+
+    code, _, stderr = rebuild(root, *packed_tars)
+
+    assert code == 1
+    assert "the record of shard ref-000000 cannot be read or is of another version" in stderr
+    assert "Nothing was taken out" in stderr
+    assert snapshot(root) == before
+
+
+def test_repair_says_which_planned_shards_are_missing(root: Path) -> None:
+    file, content = plan_file([f"ref-{n:06d}" for n in range(6)])
+    (root / file).write_bytes(content)
+    flip(data(root) / "labels" / "c" / "0")
+    missing = "planned shards have no record; build-cache builds them from their tars: "
+
+    code, stdout, _ = run("repair", root)
+
+    assert code == 0
+    assert stdout.splitlines()[-2:] == [
+        f"{root}: 1 shards taken out; build again: {BAD}.tar",
+        f"{root}: 4 {missing}ref-000002.tar, ref-000003.tar, ref-000004.tar, ...",
+    ]
+    assert run("repair", root)[1].splitlines() == [
+        f"{root}: 0 shards taken out",
+        f"{root}: 5 {missing}ref-000001.tar, ref-000002.tar, ref-000003.tar, ...",
+    ]
+
+
+def test_repair_with_the_teacher_builds_what_an_earlier_repair_took_out(
+    root: Path, packed_tars: list[Path]
+) -> None:
+    before = stored_digests(root)
+    flip(data(root) / "labels" / "c" / "0")
+    run("repair", root)
+
+    without = rebuild(root, packed_tars[0])
+    code, stdout, _ = rebuild(root, *packed_tars)
+
+    assert without[0] == 0
+    assert (
+        f"1 planned shards have no record; build-cache builds them from their tars: {BAD}.tar"
+        in (without[1])
+    )
+    assert code == 0
+    assert stdout.splitlines() == [
+        f"{root}: 0 shards taken out",
+        f"{root}: 1 shards built, 2 samples stored, 0 skipped",
+    ]
+    assert stored_digests(root) == before
+    assert problems(root, "--decode") == []
+
+
+# What cannot be read
+
+
+def as_nobody(root: Path, arguments: list[str]) -> None:
+    """A command on the folder that this process is in: root reads whatever its mode says."""
+    os.chdir(root)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    cache_tools(arguments)
+
+
+def run_as_nobody(root: Path, name: str, *options: str) -> tuple[int | None, str]:
+    if os.geteuid() == 0:
+        for path in (root, *root.rglob("*")):
+            os.chown(path, 65534, -1)
+    log = root.with_name("log")
+    process = start(as_nobody, root, [name, ".", *options], log=log)
+    process.join()
+    output = log.read_text()
+    assert "Traceback" not in output
+    return process.exitcode, output
+
+
+UNREADABLE: dict[str, Callable[[Path], Path]] = {
+    "a file": lambda root: data(root) / "labels" / "c" / "0",
+    "a folder": lambda root: data(root) / "labels",
+    "the data": data,
+    "the record": lambda root: root / "records" / f"{BAD}.json",
+    "a plan": lambda root: next((root / "plans").iterdir()),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_cannot_be_read_is_said_to_be_so_and_left_by_repair(root: Path, what: str) -> None:
+    place = UNREADABLE[what](root)
+    name = f"plans/{place.name}" if what == "a plan" else BAD
+    before = snapshot(root)
+    mode = place.stat().st_mode
+    place.chmod(0)
+
+    code, stdout = run_as_nobody(root, "verify", "--decode")
+    repaired, output = run_as_nobody(root, "repair")
+
+    assert (code, repaired) == (1, 1)
+    assert "cannot be read (Permission denied)" in stdout
+    assert f"1 shards or plans cannot be read: {name}; mend permissions or the disk" in stdout
+    assert "damaged" not in stdout
+    assert "0 shards taken out" in output
+    assert (
+        f"1 shards or plans cannot be read: {name}, and are left as they are: mend permissions or "
+        "the disk and run the same command again" in output
+    )
+    place.chmod(mode)
+    assert snapshot(root) == before
+    assert run("verify", root, "--decode")[0] == 0
+
+
+def test_repair_takes_damaged_shards_out_beside_one_that_cannot_be_read(root: Path) -> None:
+    (data(root, "ref-000000") / "labels" / "c" / "0").chmod(0)
+    flip(data(root) / "labels" / "c" / "0")
+
+    code, output = run_as_nobody(root, "repair")
+
+    assert code == 1
+    assert f".: 1 shards taken out; build again: {BAD}.tar" in output
+    assert "cannot be read: ref-000000, and are left as they are" in output
+    assert [path.stem for path in (root / "records").iterdir()] == ["ref-000000"]
+
+
+def test_a_damaged_shard_of_which_a_part_cannot_be_read_is_left(root: Path) -> None:
+    flip(data(root) / "labels" / "c" / "0")
+    (data(root) / "input_ids" / "c" / "0").chmod(0)
+
+    code, output = run_as_nobody(root, "repair")
+
+    assert code == 1
+    assert f"{BAD}: labels/c/0: has sha256" in output
+    assert "0 shards taken out" in output
+    assert len(list((root / "records").iterdir())) == 2
 
 
 # Sweeping

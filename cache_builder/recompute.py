@@ -102,8 +102,12 @@ def _without_spec(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wrong(cache: Cache, builder: Builder, found: ProbeInput) -> Iterator[str]:
-    inputs = compare_text(found, cache, cache.spec.template, builder.tokenizer)
-    inputs |= compare_image(found, cache) | compare_pixels(found, builder.processor)
+    try:
+        inputs = compare_text(found, cache, cache.spec.template, builder.tokenizer)
+        inputs |= compare_image(found, cache) | compare_pixels(found, builder.processor)
+    except DamagedError as error:
+        yield str(error)
+        return
     for name, (stored, recomputed) in inputs.items():
         yield f"{name}: {stored} stored, {recomputed} recomputed"
     if inputs:

@@ -116,6 +116,7 @@ def test_another_teacher_is_refused_by_name(coarse: Path, tmp_path: Path) -> Non
         ("rest_logprobs", "rests of the log-probabilities are"),
         ("input_ids", "ids: "),
         ("labels", "labels: "),
+        ("query_offsets", "query rows, expected"),
     ],
 )
 def test_values_that_the_teacher_does_not_give_are_found_though_every_digest_is_right(
@@ -132,6 +133,11 @@ def test_values_that_the_teacher_does_not_give_are_found_though_every_digest_is_
         values = (values + 1) % 512
     elif array == "top_logprobs":
         values = values // 2
+    elif array in ("input_ids", "labels"):
+        behind = record(made.root, SHARD).keys.index("a") + 1
+        values[zarr.open_group(str(made.data), mode="r")["token_offsets"][behind] - 1] += 1
+    elif array == "query_offsets":
+        values[1] -= 1
     else:
         values[5:] += 1
     made.write_array(array, values)

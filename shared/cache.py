@@ -24,7 +24,7 @@ import numpy.typing as npt
 from jaxtyping import Float32, Int32, Shaped
 from tqdm import tqdm
 
-from shared.agreement import disagreement
+from shared.agreement import StoredSequences, disagreement
 from shared.batch_reads import BatchBuffers, BatchReads, Rows
 from shared.encodings import ENCODINGS, Array, decode
 from shared.errors import DamagedError
@@ -236,9 +236,9 @@ class Cache:
         responses: Sequence[Rows],
     ) -> None:
         teacher, each = self.identity["teacher"], iter(queries)
-        wrong = disagreement(
-            batch.input_ids,
-            batch.labels,
+        stored = StoredSequences(
+            input_ids=batch.input_ids,
+            labels=batch.labels,
             lengths=[place.length for place in places],
             images=[place.image for place in places],
             query_rows=[next(each).number if place.image >= 0 else 0 for place in places]
@@ -248,6 +248,7 @@ class Cache:
             vocabulary=teacher["vocab_size"],
             num_vision=teacher["vision_tokens"],
         )
+        wrong = disagreement(stored)
         if wrong is not None:
             number, what = wrong
             raise places[number].reader.damaged(

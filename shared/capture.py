@@ -10,6 +10,7 @@ Axes: B sample, H head, T token, D head channel, Q text row, V vision token.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ def text_to_vision(
             torch.split(query_BHQD, each, dim=2), torch.split(row_BQ, each, dim=1), strict=True
         )
         # Computed again for the gradient, or the scores of all blocks would be kept for it.
-        run = _checkpointed if query_BHQD.requires_grad or key_BHTD.requires_grad else _weights
+        keeps = query_BHQD.requires_grad or key_BHTD.requires_grad
+        run = partial(checkpoint, _weights, use_reentrant=False) if keeps else _weights
         weight_BHQV = torch.cat([run(q, key_BHTD, row, column_BV) for q, row in blocks], dim=2)
     rows_BHQV: Tensor = weight_BHQV * real_BQ[:, None, :, None]
     return rows_BHQV
@@ -104,16 +106,6 @@ def _weights(
     weight_BHQT = score_BHQT.masked_fill_(hidden_BQT[:, None], float("-inf")).softmax(dim=-1)
     place_BHQV = column[:, None, None, :].expand(-1, *weight_BHQT.shape[1:3], -1)
     return weight_BHQT.gather(3, place_BHQV)
-
-
-def _checkpointed(
-    query: Float[Tensor, "B H Q D"],
-    key: Float[Tensor, "B H T D"],
-    row: Int[Tensor, "B Q"],
-    column: Int[Tensor, "B V"],
-) -> Float[Tensor, "B H Q V"]:
-    found: Tensor = checkpoint(_weights, query, key, row, column, use_reentrant=False)
-    return found
 
 
 def _rotated(

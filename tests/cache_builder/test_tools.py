@@ -424,10 +424,7 @@ def test_repair_without_the_tar_says_so_before_taking_the_shard_out(
     flip(data(root) / "labels" / "c" / "0")
     before = sorted(root.rglob("*"))
 
-    code, _, stderr = run(
-        "repair", root, "--teacher", TEACHER, "--vision-tower", CLIP, "--data", packed_tars[0],
-        "--device", "cpu",
-    )  # fmt: skip
+    code, _, stderr = rebuild(root, packed_tars[0])
 
     assert code == 1
     assert f"1 tars to rebuild are not in --data: {BAD}.tar. Nothing was taken out" in stderr

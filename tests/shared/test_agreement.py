@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache_builder.cli import cache_tools
-from shared.agreement import disagreement
+from shared.agreement import StoredSequences, disagreement
 from shared.cache import Cache, open_cache
 from shared.errors import DamagedError
 from tests.malicious import DISAGREEMENTS, forge
@@ -48,8 +48,8 @@ def put(name: str, sample: int, value: Any) -> Callable[[], Facts]:
 
 
 def test_what_a_writer_writes_agrees() -> None:
-    assert disagreement(**facts()) is None
-    assert disagreement(**facts(query_rows=None, response_rows=None)) is None
+    assert disagreement(StoredSequences(**facts())) is None
+    assert disagreement(StoredSequences(**facts(query_rows=None, response_rows=None))) is None
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_what_a_writer_writes_agrees() -> None:
     ],
 )
 def test_what_does_not_agree_is_named(change: Callable[[], Facts], sample: int, what: str) -> None:
-    found = disagreement(**change())
+    found = disagreement(StoredSequences(**change()))
 
     assert found is not None
     assert found[0] == sample

@@ -157,20 +157,40 @@ def find_pending(
         MismatchError: names both values.
         InputError: a pending tar holds a sample that a shard of another tar holds already.
     """
-    committed = [index for index in indexes if index.name in records]
-    found = (
-        ((index, _header_facts(index)) for index in committed)
-        if by_headers
-        else ((index, vars(facts)) for index, facts in each_tar_facts(committed))
-    )
-    for index, here in found:
-        there = vars(records[index.name].tar)
-        accept = () if "sha256" in here else ("sha256",)
-        compare(f"{out}: shard {index.name}: tar", there, here, ADVICE, accept)
+    refuse_other_tars(records, indexes, out, ADVICE, by_headers=by_headers)
     pending = [index for index in indexes if index.name not in records]
     stored = {key: record.tar.name for record in records.values() for key in record.keys}
     refuse_repeated_keys(pending, stored)
     return pending
+
+
+def refuse_other_tars(
+    records: Mapping[str, ShardRecord],
+    indexes: Sequence[TarIndex],
+    root: Path,
+    advice: str,
+    *,
+    by_headers: bool = False,
+) -> None:
+    """Compare the tars that have a record with what their shards were built from.
+
+    Args:
+        root: the cache, and `advice` what to do, for the message.
+        by_headers: compare the tars' sizes and headers and do not read all of their bytes.
+
+    Raises:
+        MismatchError: names both values.
+    """
+    known = [index for index in indexes if index.name in records]
+    found = (
+        ((index, _header_facts(index)) for index in known)
+        if by_headers
+        else ((index, vars(facts)) for index, facts in each_tar_facts(known))
+    )
+    accept = ("sha256",) if by_headers else ()
+    for index, here in found:
+        there = vars(records[index.name].tar)
+        compare(f"{root}: shard {index.name}: tar", there, here, advice, accept)
 
 
 def write_plan(out: Path, names: Sequence[str]) -> None:

@@ -92,7 +92,7 @@ def check_tars(root: Path, report: Report, tars: Sequence[Path]) -> None:
         MismatchError: both values are named.
         InputError: a tar cannot be read.
     """
-    from cache_builder.build import each_tar_facts  # torch, which `repair` alone does without
+    from cache_builder.build import refuse_other_tars  # torch, which `repair` alone does without
 
     indexes, broken = index_tars(tars)
     if broken:
@@ -102,11 +102,8 @@ def check_tars(root: Path, report: Report, tars: Sequence[Path]) -> None:
             "--teacher and --data out"
         )
     records = {name: record for name in report.bad_shards if (record := _record(root, name))}
-    known = [index for index in indexes if index.name in records]
     advice = "Nothing was taken out: name the tar that the shard was built from."
-    for index, facts in each_tar_facts(known):
-        there = vars(records[index.name].tar)
-        compare(f"{root}: shard {index.name}: tar", there, vars(facts), advice)
+    refuse_other_tars(records, indexes, root, advice)
 
 
 def choose_tars(wanted: Sequence[str], tars: Sequence[Path]) -> list[Path]:

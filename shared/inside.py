@@ -89,10 +89,7 @@ def folder_inside(root: Path, path: str) -> Iterator[int]:
         for part in parts.parts:
             if part in ("/", ".."):
                 raise DamagedError(f"{root}: path {path!r} leaves the cache")
-            try:
-                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-            except OSError as error:
-                raise _explained(error, root, parts) from error
+            inner = _open_folder(part, folder, root, parts)
             # In this order: after Ctrl-C in between, `finally` must not close one twice, which by
             # then may be another thread's.
             outer, folder = folder, inner
@@ -139,14 +136,19 @@ def _walk(
         if entry.kind != "folder":
             yield str(place / entry.name), entry
             continue
-        try:
-            inner = os.open(entry.name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-        except OSError as error:
-            raise _explained(error, root, path / place / entry.name) from error
+        inner = _open_folder(entry.name, folder, root, path / place / entry.name)
         try:
             yield from _walk(root, path, inner, place / entry.name)
         finally:
             os.close(inner)
+
+
+def _open_folder(name: str, folder: int, root: Path, path: PurePosixPath) -> int:
+    """A descriptor of the folder `name` in an open one; `root/path` is named if that fails."""
+    try:
+        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+    except OSError as error:
+        raise _explained(error, root, path) from error
 
 
 def _entries(folder: int) -> list[Entry]:

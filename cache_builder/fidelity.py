@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from cache_builder.build import Builder, commit_shard, each_tar_facts
+from cache_builder.build import Builder, commit_shard, refuse_other_tars
 from cache_builder.features import compute_features
 from cache_builder.prepare import TarReader
 from cache_builder.setup import load_builder
@@ -170,9 +170,7 @@ def check_origin(cache: Cache, builder: Builder, chosen: Sequence[TarIndex]) -> 
     here = {**builder.identity, "spec": cache.identity["spec"]}
     advice = "Give the teacher and the tars that the cache was built with."
     compare(f"cache {cache.root}", cache.identity, here, advice)
-    for index, facts in each_tar_facts(chosen):
-        there = vars(cache.records[index.name].tar)
-        compare(f"{cache.root}: shard {index.name}: tar", there, vars(facts), advice)
+    refuse_other_tars(cache.records, chosen, cache.root, advice)
 
 
 def build_exact(builder: Builder, chosen: Sequence[TarIndex], out: Path) -> None:

@@ -9,6 +9,7 @@ the disk is read, and a round is one pass.
 Peers keep the encoded arrays raw (their users do not compress) and, as their users do, in float16.
 """
 
+import dataclasses
 import mmap
 import os
 import sys
@@ -204,6 +205,8 @@ def make_ways(folder: Path, signals: Sequence[Signals], samples: int) -> list[Wa
             files=folder / "ours",
         ),
         _zarr_same(folder / "ours", encoded[0]),
+        _zarrs_same(folder / "ours", encoded[0]),
+        _tensorstore_same(folder / "ours", encoded[0]),
         _zarr_samples(folder / "zarr", encoded),
         _checked(folder / "ours", cache),
         _memmap_zstd(
@@ -292,17 +295,66 @@ def _checked(folder: Path, cache: Cache) -> Way:
     return Way(name="(pread and crc32c alone)", read=read, files=folder, streamed=True)
 
 
+def _rows(number: int) -> dict[str, slice | int]:
+    """What of each array belongs to a sample of `benchmarks/synthetic_cache.py`."""
+    flat = {"attention": ROWS, "attention__scale": ROWS, "ids": len(SEQUENCE)}
+    flat["labels"] = flat["ids"]
+    spans = {name: slice(number * n, (number + 1) * n) for name, n in flat.items()}
+    return {name: spans.get(name, number) for name in NAMES}
+
+
 def _zarr_same(folder: Path, sample: Arrays) -> Way:
     group = zarr.open_group(str(next((folder / "data").iterdir())), mode="r")
     arrays: dict[str, Any] = {ours: group[theirs] for ours, theirs in NAMES.items()}
 
     def one(number: int) -> Arrays:
-        flat = {"attention": ROWS, "attention__scale": ROWS}
-        flat |= dict.fromkeys(("ids", "labels"), len(SEQUENCE))
-        spans = {name: slice(number * n, (number + 1) * n) for name, n in flat.items()}
-        return {name: array[spans.get(name, number)] for name, array in arrays.items()}
+        return {name: arrays[name][rows] for name, rows in _rows(number).items()}
 
     return Way(name="zarr-python, the same files", read=_filling(sample, one), files=folder)
+
+
+def _zarrs_same(folder: Path, sample: Arrays) -> Way:
+    """zarr-python with its codecs and its reading done by a Rust library."""
+    import zarrs  # noqa: F401  (its pipeline is named below)
+
+    pipeline = {
+        "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
+        "codec_pipeline.chunk_concurrent_maximum": 1,
+        "threading.max_workers": 1,
+    }
+    with zarr.config.set(pipeline):  # an array keeps the pipeline that it was opened with
+        return dataclasses.replace(
+            _zarr_same(folder, sample), name="zarr-python with zarrs, the same files"
+        )
+
+
+def _tensorstore_same(folder: Path, sample: Arrays) -> Way:
+    """All of a batch is asked for before any of it is waited for; nothing is kept."""
+    import tensorstore
+
+    limits = {name: {"limit": 1} for name in ("data_copy_concurrency", "file_io_concurrency")}
+    context = tensorstore.Context(limits)
+    group = next((folder / "data").iterdir())
+    arrays = {
+        ours: tensorstore.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{group / theirs}/"}},
+            context=context, read=True,
+        ).result()
+        for ours, theirs in NAMES.items()
+    }  # fmt: skip
+    buffers = _buffers(sample)
+
+    def read(numbers: Sequence[int]) -> Arrays:
+        coming = [
+            (buffers[name][place], arrays[name][rows].read())
+            for place, number in enumerate(numbers)
+            for name, rows in _rows(number).items()
+        ]
+        for out, values in coming:
+            out[...] = values.result()
+        return {name: buffer[: len(numbers)] for name, buffer in buffers.items()}
+
+    return Way(name="tensorstore, the same files", read=read, files=folder)
 
 
 def _zarr_samples(folder: Path, samples: Sequence[Arrays]) -> Way:

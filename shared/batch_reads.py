@@ -7,6 +7,7 @@ cannot say whether it would wait (tmpfs) just waits.
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,38 +65,37 @@ class BatchReads:
         self._copies: list[tuple[Array, Array]] = []
 
     def one_by_one(self, name: str, samples: Sequence[Rows]) -> list[Array]:
-        """Each sample's rows in new memory of their own."""
-        return [self._noted(name, rows, self._new(name, rows)) for rows in samples]
+        """Each sample's rows, in new memory."""
+        if not samples:
+            return []
+        edges = _edges(samples)
+        joined = self._rows(name, samples, edges, edges[-1], BatchBuffers())
+        return [joined[begin:end] for begin, end in pairwise(edges)]
 
     def padded(self, name: str, samples: Sequence[Rows]) -> Array:
         """Rows of each sample in one array, zeros behind the shorter ones."""
-        longest = max(rows.number for rows in samples)
-        padded = self._take(name, samples, (len(samples), longest))
-        for rows, out in zip(samples, padded, strict=True):
-            self._noted(name, rows, out[: rows.number])
-            out[rows.number :] = 0
-        return padded
+        number, longest = len(samples), max(rows.number for rows in samples)
+        begins = [place * longest for place in range(number)]
+        padded = self._rows(name, samples, begins, number * longest, self._buffers)
+        for begin, rows in zip(begins, samples, strict=True):
+            if rows.number < longest:
+                padded[begin + rows.number : begin + longest] = 0
+        return padded.reshape(number, longest, *padded.shape[1:])
 
     def single(self, name: str, samples: Sequence[Rows]) -> Array:
         """The one row of each sample; a row that two samples share is read once."""
-        single = self._take(name, samples, (len(samples),))
-        seen: dict[tuple[int, int], int] = {}
-        for number, rows in enumerate(samples):
-            twin = seen.setdefault((id(rows.reader), rows.start), number)
-            if twin == number:
-                self._noted(name, rows, single[number : number + 1])
-            else:
-                self._copies.append((single[number], single[twin]))
+        first: dict[Rows, int] = {}
+        twins = [first.setdefault(rows, place) for place, rows in enumerate(samples)]
+        single = self._rows(name, [*first], [*first.values()], len(samples), self._buffers)
+        self._copies += [
+            (single[place], single[twin]) for place, twin in enumerate(twins) if place != twin
+        ]
         return single
 
     def joined(self, name: str, samples: Sequence[Rows]) -> Array:
         """Rows of all samples one after another."""
-        joined = self._take(name, samples, (sum(rows.number for rows in samples),))
-        end = 0
-        for rows in samples:
-            begin, end = end, end + rows.number
-            self._noted(name, rows, joined[begin:end])
-        return joined
+        edges = _edges(samples)
+        return self._rows(name, samples, edges, edges[-1], self._buffers)
 
     def run(self) -> None:
         """Read all of it.
@@ -113,18 +113,27 @@ class BatchReads:
         for out, source in self._copies:
             out[...] = source
 
-    def _noted(self, name: str, rows: Rows, out: Array) -> Array:
-        _, reads = self._reads.setdefault((name, id(rows.reader)), (rows.reader, []))
-        reads.append(RowRead(rows.start, rows.stop, out))
-        return out
-
-    def _new(self, name: str, rows: Rows) -> Array:
-        rows.reader.check_rows(name, rows.start, rows.stop)
-        layout = rows.reader.layout(name)
-        return np.empty((rows.number, *layout.shape[1:]), dtype=layout.dtype)
-
-    def _take(self, name: str, samples: Sequence[Rows], shape: tuple[int, ...]) -> Array:
-        for rows in samples:
-            rows.reader.check_rows(name, rows.start, rows.stop)
+    def _rows(
+        self,
+        name: str,
+        samples: Sequence[Rows],
+        begins: Sequence[int],
+        number: int,
+        buffers: BatchBuffers,
+    ) -> Array:
+        """Memory for `number` rows; those of each sample are read to where they begin in it."""
         layout = samples[0].reader.layout(name)
-        return self._buffers.take(name, (*shape, *layout.shape[1:]), layout.dtype)
+        for reader, start, stop in samples:
+            reader.check_rows(name, start, stop)
+        memory = buffers.take(name, (number, *layout.shape[1:]), layout.dtype)
+        flat, size = memory.reshape(-1).view(np.uint8), layout.row_bytes
+        for begin, (reader, start, stop) in zip(begins, samples, strict=False):
+            out = flat[begin * size : (begin + stop - start) * size]
+            _, reads = self._reads.setdefault((name, id(reader)), (reader, []))
+            reads.append(RowRead(start, stop, out))
+        return memory
+
+
+def _edges(samples: Sequence[Rows]) -> list[int]:
+    """Where the rows of each sample begin, laid one behind the other, and where the last end."""
+    return [0, *accumulate(rows.number for rows in samples)]

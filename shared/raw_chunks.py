@@ -5,9 +5,9 @@ Codes of 8 and 6 bits have nothing to squeeze, so their frames are made of raw b
 an array, so a chunk's size in the index tells whether it is one, and its framing confirms it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -32,21 +32,23 @@ class RawChunks:
     "Bytes of its content."
     headers: list[bytes]
     "What stands before each of its blocks; nothing if chunks of this size are not read so."
+    blocks: list[tuple[int, int]]
+    "Bytes of each header and of the content behind it."
     around: int
     "Bytes of it in the file that are not content."
     framing: bytes
     "All of these but the checksum."
-    begun: int
-    "crc32c of the first of `headers`, with which a chunk begins."
 
     @classmethod
     def of(cls, size: int) -> "RawChunks":
         """For chunks of `size` bytes of content."""
         headers = _headers(size) if size >= _SMALLEST else []
+        sizes = [min(_BLOCK, size - begin) for begin in range(0, size, _BLOCK)]
         framing = b"".join(headers)
-        begun = google_crc32c.value(headers[0]) if headers else 0
-        around = len(framing) + CHECKSUM
-        return cls(size=size, headers=headers, around=around, framing=framing, begun=begun)
+        return cls(
+            size=size, headers=headers, blocks=[*zip(map(len, headers), sizes, strict=False)],
+            around=len(framing) + CHECKSUM, framing=framing,
+        )  # fmt: skip
 
     def among(self, sizes: npt.NDArray[np.int64]) -> bytes:
         """For each chunk of these sizes in the file, 1 if it can be such a one, else 0."""
@@ -58,8 +60,8 @@ class RawChunks:
         return number * self.around + 2 * self.size
 
     def scattered(self, number: int, low: int, wanted: Bytes, beside: Bytes) -> list[list[Bytes]]:
-        """Where the bytes of each chunk go, in the file's order: the first header, content and what
-        stands between, the checksum.
+        """Where the bytes of each chunk go, in the file's order: header and content of each block,
+        the checksum.
 
         Args:
             number: of chunks, one behind the other.
@@ -67,39 +69,41 @@ class RawChunks:
             wanted: where that goes, and what follows it.
             beside: memory for the rest: first for the framing of all chunks.
         """
-        high = low + len(wanted)
         spare = beside[number * self.around :]  # what lies before the wanted bytes, and behind them
-        chunks, place = [], 0
-        for offset in range(0, number * self.size, self.size):
+        chunks, place, begin = [], 0, -low
+        for _ in range(number):
             pieces = []
-            for begin, header in zip(
-                range(offset, offset + self.size, _BLOCK), self.headers, strict=True
-            ):
-                end = min(begin + _BLOCK, offset + self.size)
-                pieces.append(beside[place : place + len(header)])
-                place += len(header)
-                if low <= begin and end <= high:
-                    pieces.append(wanted[begin - low : end - low])
-                    continue
-                if begin < low:  # in the first chunk only
-                    pieces.append(spare[begin : min(end, low)])
-                if max(begin, low) < min(end, high):
-                    pieces.append(wanted[max(begin, low) - low : min(end, high) - low])
-                if high < end:  # in the last chunk only
-                    behind = self.size - offset
-                    pieces.append(spare[behind + max(begin, high) : behind + end])
+            for header, size in self.blocks:
+                pieces.append(beside[place : place + header])
+                place += header
+                end = begin + size
+                if begin >= 0 and end <= len(wanted):
+                    pieces.append(wanted[begin:end])
+                else:
+                    pieces += _at_an_edge(begin, end, wanted, spare[:low], spare[self.size :])
+                begin = end
             pieces.append(beside[place : place + CHECKSUM])
             place += CHECKSUM
             chunks.append(pieces)
         return chunks
 
-    def checksums(self, number: int, beside: Bytes) -> list[int] | None:
-        """Of each chunk, from what was read beside its content; None if it is no raw chunk."""
-        table = beside[: number * self.around].reshape(number, -1)
-        if table[:, :-CHECKSUM].tobytes() != self.framing * number:
-            return None
-        sums: list[int] = table[:, -CHECKSUM:].copy().view("<u4").ravel().tolist()
-        return sums
+    def are_framed(self, number: int, beside: Bytes) -> bool:
+        """Whether what was read beside the content of chunks is what stands around raw blocks."""
+        around = beside[: number * self.around].reshape(number, -1)
+        return around[:, :-CHECKSUM].tobytes() == self.framing * number
+
+
+def _at_an_edge(
+    begin: int, end: int, wanted: Bytes, before: Bytes, behind: Bytes
+) -> Iterator[Bytes]:
+    """Where bytes `[begin, end)` go of which not all are wanted: those are `[0, len(wanted))`."""
+    high = len(wanted)
+    if begin < 0:  # in the first chunk only
+        yield before[begin + len(before) : min(end, 0) + len(before)]
+    if max(begin, 0) < min(end, high):
+        yield wanted[max(begin, 0) : min(end, high)]
+    if end > high:  # in the last chunk only
+        yield behind[max(begin, high) - high : end - high]
 
 
 def _headers(size: int) -> list[bytes]:

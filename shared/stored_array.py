@@ -5,18 +5,19 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zstandard
+from google_crc32c import extend as crc32c_extend
+from google_crc32c import value as crc32c
 
 from shared.array_layout import MAX_CHUNK_BYTES, ArrayLayout
 from shared.raw_chunks import CHECKSUM, Bytes, RawChunks
-
-Array = npt.NDArray[np.generic]
 
 _MAX_INDEX = 2**28
 _MAX_STORED = 2**26
@@ -24,7 +25,8 @@ _MAX_STORED = 2**26
 _MAX_PIECES = 1024
 "Linux's IOV_MAX."
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_thread = threading.local()
+_RESIDUE = 0x48674BC7
+"crc32c of any bytes and their crc32c behind them, little endian."
 
 
 class RowRead(NamedTuple):
@@ -34,8 +36,25 @@ class RowRead(NamedTuple):
     "First row."
     stop: int
     "The row behind the last."
-    out: Array
-    "Where they go: contiguous, of that size and type."
+    out: Bytes
+    "Where they go: as many bytes."
+
+
+class _Scratch(threading.local):
+    """What a thread uses again and again: making it costs more than using it for a small chunk."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, dtype=np.uint8)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_CHUNK_BYTES)
+
+    def memory(self, size: int) -> Bytes:
+        """Bytes of any content: fresh pages cost more than copying into old ones."""
+        if len(self._memory) < size:
+            self._memory = np.empty(size, dtype=np.uint8)
+        return self._memory[:size]
+
+
+_scratch = _Scratch()
 
 
 @dataclass(kw_only=True)
@@ -54,8 +73,11 @@ class StoredArray:
     "What a chunk looks like that zstd left as it is."
     _is_raw: bytes = field(init=False, repr=False)
     "For each chunk 1 if it has that size, else 0."
+    _at_once: int = field(init=False, repr=False)
+    "Squeezed chunks that are read at once."
 
     def __post_init__(self) -> None:
+        self._at_once = max(1, _MAX_STORED // _most_stored(self.layout.chunk_bytes))
         self._edges = memoryview(self.edges)  # type: ignore[arg-type]  # numpy
         self._raw = RawChunks.of(self.layout.chunk_bytes)
         self._is_raw = self._raw.among(np.diff(self.edges))
@@ -79,7 +101,8 @@ class StoredArray:
         if not length <= min(size, _MAX_INDEX):
             raise ValueError(f"{layout.file} of {size} bytes cannot hold an index of {length}")
         index = read_file(path, np.empty(length, dtype=np.uint8))
-        _check(index, f"{layout.file}: the index")
+        if crc32c(index) != _RESIDUE:
+            raise _differs(f"{layout.file}: the index")
         table = np.frombuffer(index[:-CHECKSUM], dtype="<u8").reshape(-1, 2)
         try:
             edges = _checked_edges(table, length, size, layout.chunk_bytes)
@@ -99,76 +122,78 @@ class StoredArray:
             ValueError: a chunk is not what was written.
             OSError: the file cannot be read.
         """
-        length = self.layout.shape[0]
-        for start, stop, _ in reads:
+        length, row_bytes = self.layout.shape[0], self.layout.row_bytes
+        for start, stop, out in reads:
             if not 0 <= start <= stop <= length:
                 raise ValueError(f"rows {start} to {stop} of an array that has {length}")
+            if len(out) != (stop - start) * row_bytes:
+                raise ValueError(f"{len(out)} bytes for rows {start} to {stop} of {row_bytes} each")
         reads = [read for read in reads if read.start < read.stop]
         if not reads:  # an array without rows has no file
             return []
+        late: list[RowRead] = []
+        flags = 0 if wait else os.RWF_NOWAIT
         descriptor = os.open(self.path, _OPEN_FLAGS)
         try:
-            return [read for read in reads if not self._read_rows(descriptor, *read, wait)]
+            for read in reads:
+                try:
+                    self._read_rows(descriptor, flags, *read)
+                except BlockingIOError:
+                    if wait:
+                        raise
+                    self._ask_for(descriptor, read.start, read.stop)
+                    late.append(read)
         finally:
             os.close(descriptor)
+        return late
 
-    def _read_rows(self, descriptor: int, start: int, stop: int, out: Array, wait: bool) -> bool:
-        layout = self.layout
-        first, behind = start // layout.chunk_rows, -(-stop // layout.chunk_rows)
-        low = (start - first * layout.chunk_rows) * layout.row_bytes
-        wanted = out.reshape(-1).view(np.uint8)
-        flags = 0 if wait else os.RWF_NOWAIT
-        try:
-            if not self._read_raw(descriptor, flags, first, behind, low, wanted):
-                self._read_compressed(descriptor, flags, first, behind, low, wanted)
-        except BlockingIOError:
-            if wait:
-                raise
-            begin, end = self._edges[first], self._edges[behind]
-            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
-            return False
-        return True
+    def _ask_for(self, descriptor: int, start: int, stop: int) -> None:
+        each = self.layout.chunk_rows
+        begin, end = self._edges[start // each], self._edges[-(-stop // each)]
+        os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _read_rows(self, descriptor: int, flags: int, start: int, stop: int, out: Bytes) -> None:
+        each = self.layout.chunk_rows
+        first, behind = start // each, -(-stop // each)
+        low = (start - first * each) * self.layout.row_bytes
+        if self._is_raw.find(0, first, behind) < 0 and self._read_raw(
+            descriptor, flags, first, behind, low, out
+        ):
+            return
+        self._read_compressed(descriptor, flags, first, behind, low, out)
 
     def _read_raw(
         self, descriptor: int, flags: int, first: int, behind: int, low: int, wanted: Bytes
     ) -> bool:
         """Whether these are chunks that zstd left as they are; their content, if so."""
-        if self._is_raw.find(0, first, behind) >= 0:
-            return False
-        raw, number, size = self._raw, behind - first, self._edges[behind] - self._edges[first]
-        beside = _scratch("beside", raw.beside(number))
+        raw, number, begin = self._raw, behind - first, self._edges[first]
+        beside = _scratch.memory(raw.beside(number))
         chunks = raw.scattered(number, low, wanted, beside)
-        pieces = [piece for pieces in chunks for piece in pieces]
-        _read(descriptor, flags, self._edges[first], pieces, size)
-        checksums = raw.checksums(number, beside)
-        if checksums is None:
+        pieces = chunks[0] if number == 1 else [*chain.from_iterable(chunks)]
+        _read(descriptor, flags, begin, pieces, self._edges[behind] - begin)
+        if not raw.are_framed(number, beside):
             return False
-        for chunk, (pieces, expected) in enumerate(zip(chunks, checksums, strict=True), first):
-            found = raw.begun
-            for piece in pieces[1:-1]:
-                found = google_crc32c.extend(found, piece)
-            if found != expected:
+        for chunk, pieces in enumerate(chunks, first):
+            if reduce(crc32c_extend, pieces, 0) != _RESIDUE:
                 raise _differs(f"chunk {chunk}")
         return True
 
     def _read_compressed(
         self, descriptor: int, flags: int, first: int, behind: int, low: int, wanted: Bytes
     ) -> None:
-        size, high = self.layout.chunk_bytes, low + len(wanted)
-        many = max(1, _MAX_STORED // _most_stored(size))
-        for start in range(first, behind, many):
-            stop = min(start + many, behind)
-            offset = self._edges[start]
-            stored = _scratch("stored", self._edges[stop] - offset)
+        size, edges = self.layout.chunk_bytes, self._edges
+        at = -low  # where a chunk's content begins, seen from the wanted bytes
+        for start in range(first, behind, self._at_once):
+            stop = min(start + self._at_once, behind)
+            offset = edges[start]
+            stored = _scratch.memory(edges[stop] - offset)
             _read(descriptor, flags, offset, [stored], len(stored))
             for chunk in range(start, stop):
-                piece = stored[self._edges[chunk] - offset : self._edges[chunk + 1] - offset]
-                what = f"chunk {chunk}"
-                _check(piece, what)
-                before = (chunk - first) * size
-                begin, end = max(low, before), min(high, before + size)
-                content = _inflated(piece[:-CHECKSUM], size, what)
-                wanted[begin - low : end - low] = content[begin - before : end - before]
+                frame = stored[edges[chunk] - offset : edges[chunk + 1] - offset]
+                content = _inflated(frame, size, chunk)
+                begin, end = max(at, 0), min(at + size, len(wanted))
+                wanted[begin:end] = np.frombuffer(content, np.uint8, end - begin, begin - at)
+                at += size
 
 
 def _checked_edges(
@@ -195,34 +220,18 @@ def _most_stored(size: int) -> int:
     return size + size // 128 + 512
 
 
-def _inflated(frame: Bytes, size: int, what: str) -> Bytes:
+def _inflated(stored: Bytes, size: int, chunk: int) -> bytes:
+    if crc32c(stored) != _RESIDUE:
+        raise _differs(f"chunk {chunk}")
+    frame = stored[:-CHECKSUM]
     try:
         # Asked first: it is how much memory the library takes.
-        if (found := zstandard.frame_content_size(frame.data)) != size:
+        if (found := zstandard.frame_content_size(frame)) != size:  # type: ignore[arg-type]  # numpy
             says = "an unknown number of" if found < 0 else found
-            raise ValueError(f"{what} inflates to {says} bytes, expected {size}")
-        content = _decompressor().decompress(frame.data, allow_extra_data=False)
+            raise ValueError(f"chunk {chunk} inflates to {says} bytes, expected {size}")
+        return _scratch.decompressor.decompress(frame, allow_extra_data=False)  # type: ignore[arg-type]  # numpy
     except zstandard.ZstdError as error:
-        raise ValueError(f"{what} cannot be inflated ({error})") from error
-    return np.frombuffer(content, dtype=np.uint8)
-
-
-def _scratch(purpose: str, size: int) -> Bytes:
-    """Memory of this thread, used again: fresh pages cost more than copying into old ones."""
-    found: Bytes | None = getattr(_thread, purpose, None)
-    if found is None or len(found) < size:
-        found = np.empty(size, dtype=np.uint8)
-        setattr(_thread, purpose, found)
-    return found[:size]
-
-
-def _decompressor() -> zstandard.ZstdDecompressor:
-    """Of this thread, used again: making one costs more than inflating a small chunk."""
-    found: zstandard.ZstdDecompressor | None = getattr(_thread, "decompressor", None)
-    if found is None:
-        found = zstandard.ZstdDecompressor(max_window_size=MAX_CHUNK_BYTES)
-        _thread.decompressor = found
-    return found
+        raise ValueError(f"chunk {chunk} cannot be inflated ({error})") from error
 
 
 def read_file(path: Path, into: Bytes) -> Bytes:
@@ -255,12 +264,6 @@ def _read(descriptor: int, flags: int, begin: int, into: Sequence[Bytes], size: 
         raise BlockingIOError  # a part of it is in memory
     if begin != expected:
         raise ValueError(f"ends after {begin} bytes, expected {expected}")
-
-
-def _check(stored: Bytes, what: str) -> None:
-    expected = int.from_bytes(stored[-CHECKSUM:].tobytes(), "little")
-    if google_crc32c.value(stored[:-CHECKSUM]) != expected:
-        raise _differs(what)
 
 
 def _differs(what: str) -> ValueError:

@@ -6,6 +6,7 @@ cannot say whether it would wait (tmpfs) just waits.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -56,20 +57,22 @@ class Rows(NamedTuple):
 class BatchReads:
     """Takes memory for a batch and notes what is to be read into it; `run` reads.
 
-    Its methods raise DamagedError for rows that a shard does not have, before memory is taken.
+    Readers have to know what the arrays are expected to be: the first one's layout is taken for
+    that of all. Methods raise DamagedError for rows that a shard does not have, before memory is
+    taken.
     """
 
     def __init__(self, buffers: BatchBuffers) -> None:
         self._buffers = buffers
-        self._reads: dict[tuple[str, int], tuple[ShardReader, list[RowRead]]] = {}
+        self._reads: dict[tuple[str, ShardReader], list[RowRead]] = defaultdict(list)
         self._copies: list[tuple[Array, Array]] = []
 
     def one_by_one(self, name: str, samples: Sequence[Rows]) -> list[Array]:
-        """Each sample's rows, in new memory."""
+        """Each sample's rows, one behind the other in new memory."""
         if not samples:
             return []
         edges = _edges(samples)
-        joined = self._rows(name, samples, edges, edges[-1], BatchBuffers())
+        joined = self._rows(name, samples, edges[:-1], edges[-1], BatchBuffers())
         return [joined[begin:end] for begin, end in pairwise(edges)]
 
     def padded(self, name: str, samples: Sequence[Rows]) -> Array:
@@ -95,7 +98,7 @@ class BatchReads:
     def joined(self, name: str, samples: Sequence[Rows]) -> Array:
         """Rows of all samples one after another."""
         edges = _edges(samples)
-        return self._rows(name, samples, edges, edges[-1], self._buffers)
+        return self._rows(name, samples, edges[:-1], edges[-1], self._buffers)
 
     def run(self) -> None:
         """Read all of it.
@@ -105,7 +108,7 @@ class BatchReads:
         """
         late = [
             (reader, name, reader.read_into(name, reads, wait=False))
-            for (name, _), (reader, reads) in self._reads.items()
+            for (name, reader), reads in self._reads.items()
         ]
         for reader, name, reads in late:
             if reads:
@@ -127,10 +130,9 @@ class BatchReads:
             reader.check_rows(name, start, stop)
         memory = buffers.take(name, (number, *layout.shape[1:]), layout.dtype)
         flat, size = memory.reshape(-1).view(np.uint8), layout.row_bytes
-        for begin, (reader, start, stop) in zip(begins, samples, strict=False):
+        for begin, (reader, start, stop) in zip(begins, samples, strict=True):
             out = flat[begin * size : (begin + stop - start) * size]
-            _, reads = self._reads.setdefault((name, id(reader)), (reader, []))
-            reads.append(RowRead(start, stop, out))
+            self._reads[name, reader].append(RowRead(start, stop, out))
         return memory
 
 

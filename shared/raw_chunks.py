@@ -30,10 +30,9 @@ class RawChunks:
 
     size: int
     "Bytes of its content."
-    headers: list[bytes]
-    "What stands before each of its blocks; nothing if chunks of this size are not read so."
     blocks: list[tuple[int, int]]
-    "Bytes of each header and of the content behind it."
+    """Bytes of what stands before each of its blocks, and of the block's content; none if chunks of
+    this size are not read so."""
     around: int
     "Bytes of it in the file that are not content."
     framing: bytes
@@ -43,17 +42,17 @@ class RawChunks:
     def of(cls, size: int) -> "RawChunks":
         """For chunks of `size` bytes of content."""
         headers = _headers(size) if size >= _SMALLEST else []
-        sizes = [min(_BLOCK, size - begin) for begin in range(0, size, _BLOCK)]
+        blocks = [
+            (len(header), min(_BLOCK, size - number * _BLOCK))
+            for number, header in enumerate(headers)
+        ]
         framing = b"".join(headers)
-        return cls(
-            size=size, headers=headers, blocks=[*zip(map(len, headers), sizes, strict=False)],
-            around=len(framing) + CHECKSUM, framing=framing,
-        )  # fmt: skip
+        return cls(size=size, blocks=blocks, around=len(framing) + CHECKSUM, framing=framing)
 
     def among(self, sizes: npt.NDArray[np.int64]) -> bytes:
         """For each chunk of these sizes in the file, 1 if it can be such a one, else 0."""
         is_raw: npt.NDArray[np.bool_] = sizes == self.size + self.around
-        return (is_raw & bool(self.headers)).tobytes()
+        return (is_raw & bool(self.blocks)).tobytes()
 
     def beside(self, number: int) -> int:
         """Bytes of memory that `scattered` needs for what is not wanted."""

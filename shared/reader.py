@@ -1,7 +1,6 @@
 """Reading one committed shard: its files as its record has them, and rows of its arrays.
 
-An own reader of standard files: against zarr-python it saves its fixed cost of about a millisecond
-per chunk.
+An own reader of standard files: docs/reading.md has what the libraries that read them take.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ _MAX_METADATA = 2**16
 
 @dataclass(kw_only=True, eq=False)
 class ShardReader:
-    """Arrays of one committed shard, opened when they are first read."""
+    """Arrays of one committed shard, opened when they are first read. Equal to itself only."""
 
     root: Path
     "The cache."
@@ -61,7 +60,7 @@ class ShardReader:
         return self._array(name).layout
 
     def read_into(self, name: str, reads: Sequence[RowRead], *, wait: bool = True) -> list[RowRead]:
-        """Rows of an array, each into its contiguous buffer.
+        """Rows of an array, each into its buffer of flat bytes.
 
         Args:
             wait: for the disk; otherwise as `StoredArray.read_into` says.
@@ -84,7 +83,7 @@ class ShardReader:
         Raises:
             DamagedError: the array has no such rows, or they are too large.
         """
-        layout = self._array(name).layout
+        layout = self.layout(name)
         if not 0 <= start <= stop <= layout.shape[0]:
             raise self.damaged(f"{name} has {layout.shape[0]} rows, not rows {start} to {stop}")
         if (stop - start) * layout.row_bytes > MAX_SAMPLE_BYTES:

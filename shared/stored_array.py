@@ -48,7 +48,9 @@ class _Scratch(threading.local):
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_CHUNK_BYTES)
 
     def memory(self, size: int) -> Bytes:
-        """Bytes of any content: fresh pages cost more than copying into old ones."""
+        """Bytes of any content, until this thread asks again: fresh pages cost more than copying
+        into old ones.
+        """
         if len(self._memory) < size:
             self._memory = np.empty(size, dtype=np.uint8)
         return self._memory[:size]
@@ -189,8 +191,8 @@ class StoredArray:
             stored = _scratch.memory(edges[stop] - offset)
             _read(descriptor, flags, offset, [stored], len(stored))
             for chunk in range(start, stop):
-                frame = stored[edges[chunk] - offset : edges[chunk + 1] - offset]
-                content = _inflated(frame, size, chunk)
+                piece = stored[edges[chunk] - offset : edges[chunk + 1] - offset]
+                content = _inflated(piece, size, chunk)
                 begin, end = max(at, 0), min(at + size, len(wanted))
                 wanted[begin:end] = np.frombuffer(content, np.uint8, end - begin, begin - at)
                 at += size
@@ -221,6 +223,7 @@ def _most_stored(size: int) -> int:
 
 
 def _inflated(stored: Bytes, size: int, chunk: int) -> bytes:
+    """The content of a chunk, once its checksum and its size are compared."""
     if crc32c(stored) != _RESIDUE:
         raise _differs(f"chunk {chunk}")
     frame = stored[:-CHECKSUM]

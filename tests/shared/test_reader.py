@@ -134,12 +134,17 @@ def test_a_bit_that_flipped_is_found_also_where_zstd_left_bytes_as_they_are(
 )
 def test_framing_is_told_as_zstd_writes_it(size: int) -> None:
     content = np.random.default_rng(0).bytes(size)
-    blocks = [content[begin : begin + 2**17] for begin in range(0, size, 2**17)]
 
-    headers = RawChunks.of(size).headers
+    raw = RawChunks.of(size)
 
-    joined = b"".join(header + block for header, block in zip(headers, blocks, strict=True))
-    assert joined == zstandard.ZstdCompressor(-1).compress(content)
+    framing, rest = raw.framing, content
+    frame = b""
+    for header, block in raw.blocks:
+        frame += framing[:header] + rest[:block]
+        framing, rest = framing[header:], rest[block:]
+    assert not framing
+    assert not rest
+    assert frame == zstandard.ZstdCompressor(-1).compress(content)
 
 
 def test_a_frame_of_other_blocks_in_as_many_bytes_is_read(tmp_path: Path) -> None:
@@ -184,7 +189,7 @@ def test_rows_are_the_same_when_they_take_several_reads(
 ) -> None:
     monkeypatch.setattr(stored_array, limit, 3)
     for written, values in (numbers, raw, raw_small):
-        array = opened(written.path.parents[values.ndim])
+        array = opened(written.path.parents[values.ndim])  # again: the limit holds from then on
         last = len(values)
         for start, stop in ((0, last), (1, last - 1), (last // 2, last // 2 + 2)):
             assert (rows(array, start, stop) == values[start:stop]).all()
@@ -247,6 +252,13 @@ def test_rows_that_are_not_there_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="of an array that has 101"):
         numbers[0].read_into([RowRead(*span, np.zeros(0, dtype=np.uint8))])
+
+
+def test_rows_do_not_go_where_there_is_too_little_room(
+    numbers: tuple[StoredArray, npt.NDArray[Any]],
+) -> None:
+    with pytest.raises(ValueError, match="3 bytes for rows 0 to 7 of 5920 each"):
+        numbers[0].read_into([RowRead(0, 7, np.zeros(3, dtype=np.uint8))])
 
 
 @pytest.mark.parametrize(
@@ -435,6 +447,20 @@ def test_a_batch_is_its_samples_padded_in_order(cache: Cache) -> None:
     expected = np.concatenate([cache.read(key).top_ids for key in keys[::-1]])
     assert batch.top_ids is not None
     assert (batch.top_ids == expected).all()
+
+
+def test_a_sample_that_stands_twice_in_a_batch_is_given_twice(cache: Cache) -> None:
+    """Its image is read once."""
+    key = next(key for key in cache.keys() if cache.read(key).vision_start is not None)  # noqa: SIM118
+    other = next(one for one in cache.keys() if one != key)  # noqa: SIM118
+
+    batch = cache.read_batch([key, other, key])
+
+    alone = cache.read(key)
+    vision = decode("float32", batch.vision_tokens)
+    assert (vision[0] == alone.vision_tokens).all()
+    assert (vision[-1] == alone.vision_tokens).all()
+    assert (batch.input_ids[2] == alone.input_ids).all()
 
 
 def test_signals_that_are_not_asked_for_are_not_read(cache: Cache) -> None:

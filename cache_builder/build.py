@@ -26,7 +26,6 @@ from cache_builder.features import ShardFeatures, compute_features, write_featur
 from cache_builder.prepare import PreparedTar, TarReader
 from cache_builder.probe import make_probe, write_probe
 from cache_builder.skips import SkipBudget, SkipLimit
-from cache_builder.stopping import Stopped, StopRequest
 from cache_builder.teacher import Teacher
 from shared.errors import ConfigError, InputError
 from shared.images import ImageProcessor
@@ -41,6 +40,7 @@ from shared.record import (
 )
 from shared.samples import TarIndex, index_tars, refuse_repeated_keys, tar_sha256
 from shared.spec import CacheSpec
+from shared.stopping import Stopped, StopRequest
 from shared.store import new_shard, put_file
 from shared.tokenizer import Tokenizer, tokenizer_identity
 

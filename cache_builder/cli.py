@@ -76,9 +76,9 @@ def build_cache(
     """
     configure_logging(verbose)
     from cache_builder.skips import SkipLimit
-    from cache_builder.stopping import Stopped, stop_on_sigterm
     from shared.samples import expand_tars
     from shared.spec import CacheSpec
+    from shared.stopping import Stopped, stop_on_sigterm
 
     loaded_spec, tars, limit = CacheSpec.load(spec), expand_tars(data), SkipLimit.parse(max_skipped)
     if dry_run:

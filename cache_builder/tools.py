@@ -146,7 +146,7 @@ def repair(
 def _build_chosen(builder: "Builder", tars: Sequence[Path], cache: Path) -> str:
     """What came of it."""
     from cache_builder.build import build_cache
-    from cache_builder.stopping import Stopped, stop_on_sigterm
+    from shared.stopping import Stopped, stop_on_sigterm
 
     again = "run the same command again to continue"
     try:

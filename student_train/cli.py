@@ -15,6 +15,7 @@ from shared.console import (
     configure_logging,
     is_main_process,
 )
+from shared.stopping import Stopped, stop_on_sigterm
 
 
 class _Training(Command):
@@ -67,22 +68,29 @@ def train_student(
     """Train a student on tars, with all losses of Align-KD if there is a cache.
 
     On several devices: torchrun --nproc_per_node N $(which train-student) ... . A run that was
-    killed goes on with --resume as if nothing had happened. The student ends up in OUT/export, in
-    MobileVLM's published layout.
+    killed goes on with --resume as if nothing had happened. SIGTERM stops it after the step in
+    work, with a checkpoint and exit code 0. The student ends up in OUT/export, in MobileVLM's
+    published layout.
     """
     configure_logging(verbose=is_main_process())
-    from student_train.config import load_recipe
-    from student_train.setup import Inputs, run_training
+    try:
+        with stop_on_sigterm() as stop:
+            from student_train.config import load_recipe
+            from student_train.setup import Inputs, run_training
 
-    outcome = run_training(
-        load_recipe(recipe, settings),
-        Inputs(
-            data=data, eval_data=eval_data, student=student, vision_tower=vision_tower,
-            cache=cache, adapters=adapters,
-            accept=tuple(name for names in accept_mismatch for name in names.split(",")),
-        ),
-        out, resume=resume, cpu=cpu,
-    )  # fmt: skip
+            outcome = run_training(
+                load_recipe(recipe, settings),
+                Inputs(
+                    data=data, eval_data=eval_data, student=student, vision_tower=vision_tower,
+                    cache=cache, adapters=adapters,
+                    accept=tuple(name for names in accept_mismatch for name in names.split(",")),
+                ),
+                out, resume=resume, cpu=cpu, stop=stop,
+            )  # fmt: skip
+    except Stopped as stopped:
+        if is_main_process():
+            _echo_stopped(out, str(stopped), as_json)
+        return
     scores = outcome.scores
     if not is_main_process():
         return
@@ -107,3 +115,13 @@ def train_student(
             else f", exact match {100 * match:.2f} % of {scores.answers} answers"
         )
         click.echo(f"held out: loss {scores.loss:.4f} nats{rate}, {scores.skipped} skipped")
+
+
+def _echo_stopped(out: Path, where: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"stopped": where}))
+        return
+    click.echo(
+        f"{out}: stopped by SIGTERM{where and ' '}{where}; the same command with --resume goes on "
+        "from the last checkpoint"
+    )

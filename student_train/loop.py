@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from shared.errors import ConfigError, TrainingError
 from shared.mobilevlm import keep_float32
+from shared.stopping import Stopped, StopRequest
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet, Scores
@@ -52,14 +53,19 @@ def train(
     run: RunFolder,
     accelerator: Accelerator,
     checkpoint: Path | None,
+    stop: StopRequest | None = None,
 ) -> Outcome:
     """Train to the end, from `checkpoint` if there is one.
 
+    Args:
+        stop: looked at after each step; asked of one process, all of them stop there.
+
     Raises:
+        Stopped: a stop was asked for; there is a checkpoint of the last step.
         TrainingError: fewer samples than a global batch, a batch that the processes cannot share,
             a micro-batch that needs more memory than the device has, or a loss that is not finite.
     """
-    recipe = training_set.recipe
+    recipe, stop = training_set.recipe, stop or StopRequest()
     last_step = num_steps(training_set, accelerator.num_processes)
     optimizer = make_optimizer(student, recipe)
     scheduler = LambdaLR(optimizer, warmup_cosine(recipe.optim.warmup, last_step))
@@ -80,6 +86,7 @@ def train(
         run, main=accelerator.is_main_process, every=recipe.log_every, first=first_step,
         last=last_step, unlogged=progress["unlogged"],
     )  # fmt: skip
+    stop.is_watched = True
     with watch:
         for step, micro in enumerate(batches, start=first_step + 1):
             try:
@@ -101,9 +108,13 @@ def train(
             due = recipe.eval_every and step % recipe.eval_every == 0
             if held_out is not None and due and step != last_step:
                 watch.evaluation(step, _evaluate(student, held_out, accelerator))
-            if step % recipe.save_every == 0 or step == last_step:
+            is_stopped = _is_asked(stop, accelerator)
+            if step % recipe.save_every == 0 or step == last_step or is_stopped:
                 progress = {"step": step, "unlogged": watch.unlogged}
                 save_checkpoint(run, accelerator, progress, recipe.keep_checkpoints)
+            if is_stopped:
+                raise Stopped(f"after step {step} of {last_step}")
+        stop.is_watched = False
         if held_out is not None:  # behind the checkpoint: if this fails, the training is not lost
             scores = watch.evaluation(last_step, _evaluate(student, held_out, accelerator))
     return Outcome(steps=last_step, seconds=watch.seconds, scores=scores)
@@ -198,6 +209,12 @@ def save_checkpoint(
     if accelerator.is_main_process:
         run.commit_checkpoint(partial, step, keep)
     accelerator.wait_for_everyone()
+
+
+def _is_asked(stop: StopRequest, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop, so that all do, after the same step."""
+    asked = torch.tensor(float(stop.requested), device=accelerator.device)
+    return bool(accelerator.reduce(asked, "sum"))
 
 
 def _resume(accelerator: Accelerator, checkpoint: Path | None) -> dict[str, Any]:

@@ -4,6 +4,9 @@ A plan is a function of lengths, seed and epoch alone, so any world size works o
 resumed run goes on with the very next sample.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -77,8 +80,24 @@ def micro_batches(
         num_workers=recipe.workers,
         prefetch_factor=4 if recipe.workers else None,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_heed_parent_only,
     )
     return _steps(iter(loader), each)
+
+
+def _heed_parent_only(_worker: int) -> None:
+    """In a worker process: SIGTERM from its parent ends it, one from elsewhere does not.
+
+    A scheduler's reaches every process of a job, and the run still wants the batch in work.
+    """
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _steps(

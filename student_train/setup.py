@@ -17,6 +17,7 @@ from shared.mobilevlm import NUM_VISION, MobileVLM, load_model
 from shared.record import compare
 from shared.samples import expand_tars
 from shared.spec import canonical_digest
+from shared.stopping import StopRequest
 from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet
@@ -60,10 +61,13 @@ class Inputs:
     "What may differ between cache and run, by the names that a refusal gives."
 
 
-def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu: bool) -> Outcome:
+def run_training(
+    recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu: bool, stop: StopRequest
+) -> Outcome:
     """One run, from start or checkpoint to export.
 
     Raises:
+        Stopped: `stop` was asked to.
         ProjectError: anything that does not fit; both values are named.
     """
     accelerator = make_accelerator(recipe, cpu=cpu)
@@ -115,7 +119,9 @@ def run_training(recipe: Recipe, inputs: Inputs, out: Path, *, resume: bool, cpu
     )  # fmt: skip
     for sample in training_set.skipped[:20]:
         log.warning("skipped=%s reason=%s", sample.key, sample.reason)
-    outcome = train(student, training_set, held_out, run, accelerator, run.newest_checkpoint())
+    outcome = train(
+        student, training_set, held_out, run, accelerator, run.newest_checkpoint(), stop
+    )
     if accelerator.is_main_process:
         _export(accelerator, student, folder, run, recipe, settings)
     accelerator.end_training()

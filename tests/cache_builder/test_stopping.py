@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cache_builder.cli import build_cache, cache_tools
-from cache_builder.stopping import Stopped, StopRequest, stop_on_sigterm
+from shared.stopping import Stopped, StopRequest, stop_on_sigterm
 from tests.processes import arguments, start
 from tests.support import (
     CLIP,

@@ -175,16 +175,28 @@ def run_process(command: Sequence[str], cwd: Path | None = None) -> str:
 
 def kill_when(command: Sequence[str], due: Callable[[], bool]) -> bool:
     """Start a process and SIGKILL it as soon as `due`; False if it ended before."""
+    code, _ = signal_when(command, due, signal.SIGKILL)
+    return code == -signal.SIGKILL
+
+
+def signal_when(command: Sequence[str], due: Callable[[], bool], number: int) -> tuple[int, str]:
+    """Start a process and send it, and those it started, a signal as soon as `due`.
+
+    Returns:
+        Its exit code and stdout.
+    """
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         while process.poll() is None:
             if due():
-                process.send_signal(signal.SIGKILL)
-                return process.wait() == -signal.SIGKILL
+                os.killpg(process.pid, number)
+                break
             time.sleep(0.002)
-        return False
+        stdout, _ = process.communicate(timeout=200)
+        return process.returncode, stdout
     finally:
         process.kill()
         process.wait()

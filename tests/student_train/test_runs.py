@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ from tests.student_train.support import (
     num_lines,
     recipe,
     run_process,
+    signal_when,
     train,
     training_set,
     write_recipe,
@@ -339,6 +341,43 @@ def test_a_run_killed_at_three_random_points_ends_as_if_it_had_not_been(
     assert_same_run(out, undisturbed)
 
 
+@pytest.mark.usefixtures("_one_thread")
+def test_sigterm_stops_a_run_after_the_step_in_work_and_resuming_ends_as_if_it_had_not_been(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    """Its worker processes get the signal too, as from a scheduler that stops a job."""
+    out = tmp_path / "run"
+
+    command = process(out, tars, orphan_cache, "--set", "workers=2")
+    code, stdout = signal_when(command, lambda: num_lines(out) >= 2, signal.SIGTERM)
+
+    assert code == 0
+    (last,) = RunFolder(out).checkpoints()[-1:]
+    step = int(last.name.removeprefix("step-"))
+    assert 4 <= step < 12
+    assert json.loads(stdout) == {"stopped": f"after step {step} of 12"}
+    assert not (out / "export").exists()
+    resume(out, tars, orphan_cache)
+    assert_same_run(out, undisturbed)
+
+
+def test_sigterm_before_the_first_step_says_so_in_one_line(
+    tars: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("student_train.setup.load_model", asked)
+
+    result = train(tmp_path / "run", tars, None, max_steps=1)
+
+    assert result.exit_code == 0
+    assert result.stdout == (
+        f"{tmp_path / 'run'}: stopped by SIGTERM; the same command with --resume goes on from the "
+        "last checkpoint\n"
+    )
+
+
 def interrupted(undisturbed: Path, out: Path) -> Path:
     """The run as a kill after step 11 leaves it: checkpoint 9 whole, lines up to step 10."""
     shutil.copytree(undisturbed, out)
@@ -466,6 +505,33 @@ def test_two_processes_make_one_run(
     assert json.loads(stdout)["steps"] == 12
     for ours, theirs in zip(loss_lines(out), loss_lines(undisturbed), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_all_processes_of_a_run_stop_after_one_step_if_one_is_asked(
+    tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    single = process(out, tars, orphan_cache)
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os, pathlib, signal, threading, time
+def ask():
+    while not pathlib.Path({str(out / "log.jsonl")!r}).is_file():
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGTERM)
+if os.environ["RANK"] == "1":
+    threading.Thread(target=ask, daemon=True).start()
+{single[2]}
+"""
+    )
+    torchrun = [single[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    stopped = json.loads(run_process([*torchrun, str(script), *single[3:]]))["stopped"]
+
+    last = RunFolder(out).checkpoints()[-1]
+    assert stopped == f"after step {int(last.name.removeprefix('step-'))} of 12"
+    assert (last / "random_states_1.pkl").is_file()
 
 
 # -- from stage to stage -------------------------------------------------------------------------

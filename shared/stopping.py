@@ -1,8 +1,8 @@
-"""Stopping a build on SIGTERM, which schedulers and containers send before they kill.
+"""Stopping on SIGTERM, which schedulers and containers send before they kill.
 
-The first SIGTERM asks. Whoever is at work looks at the request between two batches, drops the shard
-that has no data on disk yet or finishes the one that has, and returns; while nobody looks (loading
-a teacher, reading tars), the signal ends that at once. A second SIGTERM kills.
+The first SIGTERM asks. Whoever is at work looks at the request between two batches or steps, brings
+to disk what is worth it, and ends; while nobody looks (loading a model, reading tars), the signal
+ends that at once. A second SIGTERM kills.
 """
 
 import os
@@ -13,11 +13,11 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """A stop was asked for. No error: the command ends with 0."""
+    """A stop was asked for. No error: the command ends with 0. Its text says how far it came."""
 
 
 class StopRequest:
-    """Whether to stop. Looked at by the build, set by the signal."""
+    """Whether to stop. Looked at by who is at work, set by the signal."""
 
     def __init__(self) -> None:
         self.requested = False

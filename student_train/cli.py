@@ -89,7 +89,7 @@ def train_student(
             )  # fmt: skip
     except Stopped as stopped:
         if is_main_process():
-            _echo_stopped(out, str(stopped), as_json)
+            _echo_stopped(out, stopped, as_json)
         return
     scores = outcome.scores
     if not is_main_process():
@@ -117,11 +117,12 @@ def train_student(
         click.echo(f"held out: loss {scores.loss:.4f} nats{rate}, {scores.skipped} skipped")
 
 
-def _echo_stopped(out: Path, where: str, as_json: bool) -> None:
+def _echo_stopped(out: Path, stopped: Stopped, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"stopped": where}))
+        click.echo(json.dumps({"stopped": True, "steps": getattr(stopped, "step", None)}))
         return
+    where = f" {stopped}" if str(stopped) else ""
     click.echo(
-        f"{out}: stopped by SIGTERM{where and ' '}{where}; the same command with --resume goes on "
-        "from the last checkpoint"
+        f"{out}: stopped by SIGTERM{where}; the same command with --resume goes on from the last "
+        "checkpoint, or begins if there is none"
     )

@@ -46,6 +46,14 @@ class Outcome:
     "Final evaluation."
 
 
+class StoppedRun(Stopped):
+    """A run was stopped after a step, of which there is a checkpoint."""
+
+    def __init__(self, step: int, last_step: int) -> None:
+        super().__init__(f"after step {step} of {last_step}")
+        self.step = step
+
+
 def train(
     student: AlignedStudent,
     training_set: TrainingSet,
@@ -61,7 +69,8 @@ def train(
         stop: looked at after each step; asked of one process, all of them stop there.
 
     Raises:
-        Stopped: a stop was asked for; there is a checkpoint of the last step.
+        StoppedRun: a stop was asked for; there is a checkpoint of the last step.
+        Stopped: it was asked for while the loop was not running.
         TrainingError: fewer samples than a global batch, a batch that the processes cannot share,
             a micro-batch that needs more memory than the device has, or a loss that is not finite.
     """
@@ -88,6 +97,8 @@ def train(
     )  # fmt: skip
     stop.is_watched = True
     with watch:
+        if held_out is not None and progress.get("evaluation_due"):
+            watch.evaluation(first_step, _evaluate(student, held_out, accelerator))
         for step, micro in enumerate(batches, start=first_step + 1):
             try:
                 terms = _gradients(module, student, micro, accelerator)
@@ -105,15 +116,20 @@ def train(
                 scheduler.step()
             optimizer.zero_grad()
             watch.step(step, terms, float(norm), rate, recipe.global_batch)
-            due = recipe.eval_every and step % recipe.eval_every == 0
-            if held_out is not None and due and step != last_step:
-                watch.evaluation(step, _evaluate(student, held_out, accelerator))
+            every = recipe.eval_every or last_step
+            is_due = step % every == 0 and step != last_step
             is_stopped = _is_asked(stop, accelerator)
+            if held_out is not None and is_due and not is_stopped:
+                watch.evaluation(step, _evaluate(student, held_out, accelerator))
             if step % recipe.save_every == 0 or step == last_step or is_stopped:
-                progress = {"step": step, "unlogged": watch.unlogged}
+                progress = {
+                    "step": step, "unlogged": watch.unlogged,
+                    "evaluation_due": is_due and is_stopped,
+                }  # fmt: skip
                 save_checkpoint(run, accelerator, progress, recipe.keep_checkpoints)
-            if is_stopped:
-                raise Stopped(f"after step {step} of {last_step}")
+            if is_stopped or (step == last_step and _is_asked(stop, accelerator)):
+                accelerator.end_training()
+                raise StoppedRun(step, last_step)
         stop.is_watched = False
         if held_out is not None:  # behind the checkpoint: if this fails, the training is not lost
             scores = watch.evaluation(last_step, _evaluate(student, held_out, accelerator))

@@ -80,6 +80,7 @@ def micro_batches(
         num_workers=recipe.workers,
         prefetch_factor=4 if recipe.workers else None,
         pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if recipe.workers else None,
         worker_init_fn=_heed_parent_only,
     )
     return _steps(iter(loader), each)

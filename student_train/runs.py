@@ -110,14 +110,14 @@ class RunFolder:
         return self.path / "checkpoints" / f"step-{step:08d}"
 
     def commit_checkpoint(self, partial: Path, step: int, keep: int) -> None:
-        """Give a written checkpoint its lineage and final name, then delete the oldest ones."""
+        """Give a written checkpoint its lineage and final name; delete the oldest, and halves."""
         (partial / "lineage.json").write_text(json.dumps(self._written, indent=1) + "\n")
         for file in partial.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         partial.replace(self.checkpoint_path(step))
-        for old in self.checkpoints()[:-keep]:
+        for old in (*self.checkpoints()[:-keep], *partial.parent.glob("*.partial")):
             shutil.rmtree(old)
 
     def cut_log(self, step: int, last: int) -> None:

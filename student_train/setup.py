@@ -67,7 +67,7 @@ def run_training(
     """One run, from start or checkpoint to export.
 
     Raises:
-        Stopped: `stop` was asked to.
+        Stopped: `stop` was asked; as StoppedRun after a step.
         ProjectError: anything that does not fit; both values are named.
     """
     accelerator = make_accelerator(recipe, cpu=cpu)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cache_builder.cli import build_cache, cache_tools
+from shared import stopping
 from shared.stopping import Stopped, StopRequest, stop_on_sigterm
 from tests.processes import arguments, start
 from tests.support import (
@@ -154,9 +155,12 @@ def test_a_second_sigterm_kills(tmp_path: Path) -> None:
 
 
 def ask_twice() -> None:
+    stopping._TOGETHER = 0.1
     with stop_on_sigterm() as stop:
         stop.is_watched = True
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # one request with the first
+        time.sleep(0.2)
         print("asked once" if stop.requested else "not asked", flush=True)
         signal.raise_signal(signal.SIGTERM)
         print("asked twice and still here", flush=True)

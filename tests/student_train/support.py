@@ -198,7 +198,8 @@ def signal_when(command: Sequence[str], due: Callable[[], bool], number: int) ->
         stdout, _ = process.communicate(timeout=200)
         return process.returncode, stdout
     finally:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -25,6 +25,7 @@ from student_train.evaluate import HeldOutSet, Scores
 from student_train.lineage import code_identity
 from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
 from student_train.student import TERMS
+from student_train.watch import Watch
 from tests.student_train.support import (
     SPEC,
     STUDENT,
@@ -349,14 +350,38 @@ def test_sigterm_stops_a_run_after_the_step_in_work_and_resuming_ends_as_if_it_h
     out = tmp_path / "run"
 
     command = process(out, tars, orphan_cache, "--set", "workers=2")
-    code, stdout = signal_when(command, lambda: num_lines(out) >= 2, signal.SIGTERM)
+    code, stdout = signal_when(command, lambda: num_lines(out) >= 1, signal.SIGTERM)
 
     assert code == 0
     (last,) = RunFolder(out).checkpoints()[-1:]
     step = int(last.name.removeprefix("step-"))
-    assert 4 <= step < 12
-    assert json.loads(stdout) == {"stopped": f"after step {step} of 12"}
+    assert 2 <= step < 12
+    assert json.loads(stdout) == {"stopped": True, "steps": step}
     assert not (out / "export").exists()
+    resume(out, tars, orphan_cache)
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_stop_comes_before_an_evaluation_that_is_due_and_resuming_makes_it(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, step: int,
+) -> None:  # fmt: skip
+    out, counted = tmp_path / "run", Watch.step
+
+    def counted_and_asked(watch: Watch, number: int, *given: Any) -> None:
+        counted(watch, number, *given)
+        if number == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "step", counted_and_asked)
+        result = train(out, tars, orphan_cache, "--eval-data", tars[1], **RUN)
+
+    assert result.exit_code == 0, result.output
+    assert f"stopped by SIGTERM after step {step} of 12" in result.stdout
+    assert not [line for line in log_lines(out) if line["step"] == step and "eval_loss" in line]
     resume(out, tars, orphan_cache)
     assert_same_run(out, undisturbed)
 
@@ -374,7 +399,7 @@ def test_sigterm_before_the_first_step_says_so_in_one_line(
     assert result.exit_code == 0
     assert result.stdout == (
         f"{tmp_path / 'run'}: stopped by SIGTERM; the same command with --resume goes on from the "
-        "last checkpoint\n"
+        "last checkpoint, or begins if there is none\n"
     )
 
 
@@ -396,6 +421,7 @@ def test_a_half_written_checkpoint_and_a_half_written_line_are_as_if_they_were_n
     undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
 ) -> None:
     out = interrupted(undisturbed, tmp_path / "run")
+    (out / "checkpoints" / "step-00000010.partial").mkdir()  # of a stop that was killed
 
     resume(out, tars, orphan_cache)
 
@@ -517,9 +543,11 @@ def test_all_processes_of_a_run_stop_after_one_step_if_one_is_asked(
         f"""
 import os, pathlib, signal, threading, time
 def ask():
-    while not pathlib.Path({str(out / "log.jsonl")!r}).is_file():
+    log = pathlib.Path({str(out / "log.jsonl")!r})
+    while not (log.is_file() and log.read_bytes()):  # a line: both processes are at work
         time.sleep(0.002)
     os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what a scheduler sent to all
 if os.environ["RANK"] == "1":
     threading.Thread(target=ask, daemon=True).start()
 {single[2]}
@@ -527,10 +555,10 @@ if os.environ["RANK"] == "1":
     )
     torchrun = [single[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-    stopped = json.loads(run_process([*torchrun, str(script), *single[3:]]))["stopped"]
+    stopped = json.loads(run_process([*torchrun, str(script), *single[3:]]))
 
     last = RunFolder(out).checkpoints()[-1]
-    assert stopped == f"after step {int(last.name.removeprefix('step-'))} of 12"
+    assert stopped == {"stopped": True, "steps": int(last.name.removeprefix("step-"))}
     assert (last / "random_states_1.pkl").is_file()
 
 

@@ -238,6 +238,12 @@ NAMES = {
 "Name here -> array of the cache. Log-probabilities, 1 % of a sample, are left out."
 
 
+NUM_ROWS = {
+    "attention": ROWS, "attention__scale": ROWS, "ids": len(SEQUENCE), "labels": len(SEQUENCE)
+}  # fmt: skip
+"Rows of each sample in these; one in the others."
+
+
 def _arrays(cache: Cache, numbers: Sequence[int], buffers: BatchBuffers | None = None) -> Arrays:
     keys = [f"sample-{n:08d}" for n in numbers]
     batch = cache.read_batch(keys, ("attention", "vision_tokens"), buffers)
@@ -275,12 +281,11 @@ def _checked(folder: Path, cache: Cache) -> Way:
     """
     (record,) = cache.records.values()
     arrays = []
-    for name in NAMES.values():
-        rows = ROWS if name.startswith("attention") else 1 if "vision" in name else len(SEQUENCE)
+    for ours, name in NAMES.items():
         metadata = (folder / record.data / name / "zarr.json").read_bytes()
         file = f"{name}/{ArrayLayout.parse(metadata).file}"
         stored = StoredArray.open(folder / record.data / name, metadata, record.files[file].size)
-        arrays.append((os.open(stored.path, os.O_RDONLY), stored, rows))
+        arrays.append((os.open(stored.path, os.O_RDONLY), stored, NUM_ROWS.get(ours, 1)))
     buffers = np.empty((BATCH, 2**20), dtype=np.uint8)
 
     def read(numbers: Sequence[int]) -> Arrays:
@@ -297,10 +302,8 @@ def _checked(folder: Path, cache: Cache) -> Way:
 
 
 def _rows(number: int) -> dict[str, slice | int]:
-    """What of each array belongs to a sample of `benchmarks/synthetic_cache.py`."""
-    tokens = len(SEQUENCE)
-    flat = {"attention": ROWS, "attention__scale": ROWS, "ids": tokens, "labels": tokens}
-    spans = {name: slice(number * n, (number + 1) * n) for name, n in flat.items()}
+    """What of each array belongs to a sample."""
+    spans = {name: slice(number * n, (number + 1) * n) for name, n in NUM_ROWS.items()}
     return {name: spans.get(name, number) for name in NAMES}
 
 

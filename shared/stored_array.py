@@ -133,46 +133,38 @@ class StoredArray:
         reads = [read for read in reads if read.start < read.stop]
         if not reads:  # an array without rows has no file
             return []
-        late: list[RowRead] = []
-        flags = 0 if wait else os.RWF_NOWAIT
         descriptor = os.open(self.path, _OPEN_FLAGS)
         try:
-            for read in reads:
-                try:
-                    self._read_rows(descriptor, flags, *read)
-                except BlockingIOError:
-                    if wait:
-                        raise
-                    self._ask_for(descriptor, read.start, read.stop)
-                    late.append(read)
+            return [read for read in reads if not self._read_rows(descriptor, *read, wait)]
         finally:
             os.close(descriptor)
-        return late
 
-    def _ask_for(self, descriptor: int, start: int, stop: int) -> None:
-        each = self.layout.chunk_rows
-        begin, end = self._edges[start // each], self._edges[-(-stop // each)]
-        os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
-
-    def _read_rows(self, descriptor: int, flags: int, start: int, stop: int, out: Bytes) -> None:
+    def _read_rows(self, descriptor: int, start: int, stop: int, out: Bytes, wait: bool) -> bool:
         each = self.layout.chunk_rows
         first, behind = start // each, -(-stop // each)
         low = (start - first * each) * self.layout.row_bytes
-        if self._is_raw.find(0, first, behind) < 0 and self._read_raw(
-            descriptor, flags, first, behind, low, out
-        ):
-            return
-        self._read_compressed(descriptor, flags, first, behind, low, out)
+        flags = 0 if wait else os.RWF_NOWAIT
+        try:
+            if not self._read_raw(descriptor, flags, first, behind, low, out):
+                self._read_compressed(descriptor, flags, first, behind, low, out)
+        except BlockingIOError:
+            if wait:
+                raise
+            begin, end = self._edges[first], self._edges[behind]
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+            return False
+        return True
 
     def _read_raw(
         self, descriptor: int, flags: int, first: int, behind: int, low: int, wanted: Bytes
     ) -> bool:
         """Whether these are chunks that zstd left as they are; their content, if so."""
+        if self._is_raw.find(0, first, behind) >= 0:
+            return False
         raw, number, begin = self._raw, behind - first, self._edges[first]
         beside = _scratch.memory(raw.beside(number))
         chunks = raw.scattered(number, low, wanted, beside)
-        pieces = chunks[0] if number == 1 else [*chain.from_iterable(chunks)]
-        _read(descriptor, flags, begin, pieces, self._edges[behind] - begin)
+        _read(descriptor, flags, begin, [*chain.from_iterable(chunks)], self._edges[behind] - begin)
         if not raw.are_framed(number, beside):
             return False
         for chunk, pieces in enumerate(chunks, first):

@@ -127,9 +127,11 @@ def train(
                     "evaluation_due": is_due and is_stopped,
                 }  # fmt: skip
                 save_checkpoint(run, accelerator, progress, recipe.keep_checkpoints)
-            if is_stopped or (step == last_step and _is_asked(stop, accelerator)):
-                accelerator.end_training()
-                raise StoppedRun(step, last_step)
+            if is_stopped:
+                break
+        if _is_asked(stop, accelerator):  # perhaps while the last checkpoint was written
+            accelerator.end_training()
+            raise StoppedRun(progress["step"], last_step)
         stop.is_watched = False
         if held_out is not None:  # behind the checkpoint: if this fails, the training is not lost
             scores = watch.evaluation(last_step, _evaluate(student, held_out, accelerator))

@@ -8,8 +8,9 @@ BIN := .venv/bin
 install: .venv/.dev
 demo: .venv/.demo
 	$(BIN)/python -m examples.easy_vqa.demo
+# A process a core, each with models and caches of its own: more than four would only take memory.
 test: .venv/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $$(nproc) --maxprocesses 4 --dist worksteal
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -20,9 +20,11 @@ from shared.console import (
     DEVICE,
     FILE,
     FOLDER,
+    IMPORTING,
     VISION_TOWER,
     Command,
     Group,
+    announced,
     bytes_text,
     configure_logging,
     printable_lines,
@@ -86,9 +88,9 @@ def build_cache(
         return
     try:
         with stop_on_sigterm() as stop:
-            from cache_builder import build
-            from cache_builder.setup import load_builder
-
+            with announced(IMPORTING):
+                from cache_builder import build
+                from cache_builder.setup import load_builder
             builder = load_builder(
                 loaded_spec, teacher, vision_tower=vision_tower, device=device, dtype=dtype,
                 batch_size=batch_size,
@@ -163,12 +165,13 @@ def _dry_run(
     spec: "CacheSpec", teacher: str, vision_tower: str | None, tars: list[Path], out: Path,
     dtype: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    from cache_builder.estimate import estimate, find_left
-    from cache_builder.setup import load_teacher_tokenizer
-    from cache_builder.teacher import check_spec
-    from shared.checkpoint import ModelFolder
+    with announced(IMPORTING):
+        from cache_builder.estimate import estimate, find_left
+        from cache_builder.setup import load_teacher_tokenizer
+        from cache_builder.teacher import check_spec
+        from shared.checkpoint import ModelFolder
+        from shared.mobilevlm import read_config
     from shared.errors import InputError
-    from shared.mobilevlm import read_config
     from shared.record import shard_name
     from shared.samples import index_tars
 

@@ -24,6 +24,7 @@ from cache_builder.features import compute_features
 from cache_builder.prepare import TarReader
 from cache_builder.setup import load_builder
 from shared.cache import Cache, CachedSample, open_cache
+from shared.console import announced
 from shared.errors import InputError
 from shared.record import compare
 from shared.samples import TarIndex, index_tars
@@ -118,7 +119,8 @@ def measure_students(
         *(sys.executable, "-P", "-m", "student_train.fidelity"),
         *("--exact", str(exact), "--cache", str(root), "--device", found.device, *tars, *options),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    with announced("comparing the students"):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return done.returncode
     students: list[dict[str, Any]] = json.loads(done.stdout)

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.console import AS_JSON, DEVICE, FOLDER, VISION_TOWER, Command, printable_lines
+from shared.console import (
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    IMPORTING,
+    VISION_TOWER,
+    Command,
+    announced,
+    printable_lines,
+)
 
 if TYPE_CHECKING:
     from cache_builder.fidelity import CacheFidelity
@@ -58,7 +67,8 @@ def fidelity(
     Runs the teacher on some of the samples again and compares each array with the exact values. For
     each student, loss terms and gradients of the recipe's batches are compared too, in float32.
     """
-    from cache_builder.fidelity import measure_cache, measure_students
+    with announced(IMPORTING):
+        from cache_builder.fidelity import measure_cache, measure_students
     from shared.samples import expand_tars
 
     tower = ("--vision-tower", student_vision_tower) if student_vision_tower else ()

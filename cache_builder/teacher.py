@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shared.capture import QueryKey, text_to_vision
 from shared.checkpoint import ModelFolder, weights_digest
+from shared.console import announced
 from shared.errors import ConfigError
 from shared.mobilevlm import (
     NUM_VISION,
@@ -82,7 +83,8 @@ class Teacher:
         self.weights_sha256 = weights_digest(state)
         "Over the tensors that are used."
         _drop_unloaded(self._model)
-        self._model.to(device).eval().requires_grad_(False)
+        with announced(f"moving the teacher to {device}"):
+            self._model.to(device).eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:

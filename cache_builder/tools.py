@@ -16,8 +16,10 @@ from shared.console import (
     AS_JSON,
     DEVICE,
     FOLDER,
+    IMPORTING,
     VISION_TOWER,
     Command,
+    announced,
     bytes_text,
     printable_lines,
 )
@@ -110,7 +112,8 @@ def repair(
     if bool(teacher) != bool(data):
         raise click.UsageError("--teacher and --data go together")
     if teacher:  # what would be in the way later is found before every byte is read
-        from cache_builder.setup import load_builder
+        with announced(IMPORTING):
+            from cache_builder.setup import load_builder
         from shared.record import shard_name
         from shared.samples import expand_tars
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cache_builder.gc import find_leftovers
 from cache_builder.values import wrong_digests, wrong_value
 from shared.cache import Cache, open_cache
+from shared.console import IMPORTING, announced
 from shared.errors import CacheError, DamagedError, MismatchError
 from shared.inside import Entry, open_inside, walk_inside
 from shared.plan import PLANS, plan_files, read_plan
@@ -91,7 +92,8 @@ def verify_targets(
         MismatchError: it is not the cache's teacher.
         CacheError: the cache cannot be opened as a whole; what is wrong with it comes first.
     """
-    from cache_builder.recompute import load_for, recompute  # torch, which `verify` does without
+    with announced(IMPORTING):  # here: `verify` alone does without torch
+        from cache_builder.recompute import load_for, recompute
 
     cache = open_cache(root)
     builder = load_for(cache, teacher, vision_tower, device)

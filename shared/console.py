@@ -4,7 +4,9 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,10 @@ DATA = click.option(
     "--data", required=True, multiple=True,
     help="Tars: a path, a brace range ('t-{000..099}.tar') or a glob, in quotes. Repeatable.",
 )  # fmt: skip
+IMPORTING = "importing torch and transformers"
+"What takes seconds, on a slow disk half a minute: to be `announced`."
+_PATIENCE = 2.0
+"Seconds in which nothing need be said."
 _TARS = ("--data", "--eval-data")
 "Options that take one pattern of tars."
 DEVICE = click.option("--device", help="cpu, cuda, cuda:1, ....  [default: cuda if there is one]")
@@ -108,9 +114,24 @@ def is_main_process() -> bool:
 def progress(total: int, unit: str, what: str) -> "tqdm[Any]":
     """A bar for what usually takes no two seconds: shown after them, by the process that prints."""
     return tqdm(
-        total=total, unit=unit, unit_scale=unit == "B", desc=what, delay=2, leave=False,
-        disable=not is_main_process(),
+        total=total, unit=unit, unit_scale=unit == "B", desc=what, delay=_PATIENCE,
+        leave=False, disable=not is_main_process(),
     )  # fmt: skip
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """A line to stderr, by the process that prints, if the block takes long: for what no bar can
+    count.
+    """
+    line = threading.Timer(_PATIENCE, click.echo, [f"{what} ..."], {"err": True})
+    line.daemon = True
+    if is_main_process():
+        line.start()
+    try:
+        yield
+    finally:
+        line.cancel()
 
 
 def printable_lines(lines: Iterable[str]) -> str:

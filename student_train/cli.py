@@ -10,8 +10,10 @@ from shared.console import (
     DATA,
     FILE,
     FOLDER,
+    IMPORTING,
     VISION_TOWER,
     Command,
+    announced,
     configure_logging,
     is_main_process,
 )
@@ -75,8 +77,9 @@ def train_student(
     configure_logging(verbose=is_main_process())
     try:
         with stop_on_sigterm() as stop:
-            from student_train.config import load_recipe
-            from student_train.setup import Inputs, run_training
+            with announced(IMPORTING):
+                from student_train.config import load_recipe
+                from student_train.setup import Inputs, run_training
 
             outcome = run_training(
                 load_recipe(recipe, settings),
@@ -119,7 +122,7 @@ def train_student(
 
 def _echo_stopped(out: Path, stopped: Stopped, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"stopped": True, "steps": getattr(stopped, "step", None)}))
+        click.echo(json.dumps({"stopped": True, "steps": stopped.step}))
         return
     where = f" {stopped}" if str(stopped) else ""
     click.echo(

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from shared.console import announced
 from shared.errors import ConfigError, TrainingError
 from shared.mobilevlm import keep_float32
 from shared.stopping import Stopped, StopRequest
@@ -80,7 +81,8 @@ def train(
     scheduler = LambdaLR(optimizer, warmup_cosine(recipe.optim.warmup, last_step))
     if recipe.gradient_checkpointing:
         student.model.llm.activation_checkpointing_enable({"use_reentrant": False})
-    module, optimizer = accelerator.prepare(student, optimizer)
+    with announced(f"moving the student to {accelerator.device}"):
+        module, optimizer = accelerator.prepare(student, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     progress = _resume(accelerator, checkpoint)
     first_step = progress["step"]
@@ -238,7 +240,8 @@ def _is_asked(stop: StopRequest, accelerator: Accelerator) -> bool:
 def _resume(accelerator: Accelerator, checkpoint: Path | None) -> dict[str, Any]:
     if checkpoint is None:
         return {"step": 0, "unlogged": {}}
-    accelerator.load_state(str(checkpoint))
+    with announced(f"reading {checkpoint}"):
+        accelerator.load_state(str(checkpoint))
     log.info("resumed from=%s", checkpoint.name)
     return dict(json.loads((checkpoint / "progress.json").read_bytes()))
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder, weights_digest
+from shared.console import announced
 from shared.errors import ConfigError
 from shared.images import ImageProcessor
 from shared.mobilevlm import NUM_VISION, MobileVLM, load_model
@@ -292,7 +293,7 @@ def _export(
         save_adapters(bare.adapters, path)
         saved = file_sha256(path)
     lineage = {**settings, "adapters": {**settings["adapters"], "saved_sha256": saved}}
-    export_student(
-        bare.model, folder.path, run.path / "export", form=recipe.export_weights, lineage=lineage
-    )
-    log.info("exported=%s", run.path / "export")
+    export = run.path / "export"
+    with announced(f"writing {export}"):
+        export_student(bare.model, folder.path, export, form=recipe.export_weights, lineage=lineage)
+    log.info("exported=%s", export)

@@ -68,7 +68,7 @@ def verify(
     from cache_builder.verify import verify_cache, verify_targets
 
     report = verify_cache(cache, workers=workers, decode=decode)
-    if teacher is not None and not any(p.kind == "cache" for p in report.problems):
+    if teacher is not None:
         report = verify_targets(cache, report, teacher, vision_tower=vision_tower, device=device)
     if as_json:
         values = {**dataclasses.asdict(report), "bad_shards": report.bad_shards}
@@ -249,6 +249,8 @@ def _report_lines(cache: Path, report: "Report") -> Iterator[str]:
         f"{cache}: {report.shards} shards, {report.files} files, {bytes_text(report.size)}{decoded}"
         f": {f'{len(report.problems)} problems' if report.problems else 'all good'}"
     )
+    if report.unchecked:
+        yield f"{' and '.join(report.unchecked)} not checked: the cache cannot be opened as a whole"
     if report.pending:
         yield f"{report.pending} planned shards are not built yet (cache-tools info {cache})"
     if report.leftovers:

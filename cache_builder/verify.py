@@ -30,9 +30,14 @@ class Problem:
     """One thing that is wrong."""
 
     kind: Literal["shard", "plan", "cache", "targets", "unreadable"]
-    """What it spoils: a shard, which can be rebuilt; a plan, which nothing needs; the whole; a
-    shard that is as it was written, but not what its teacher gives; nothing for all that is known,
-    as a shard or plan is there but the system does not let it be read."""
+    """What it spoils:
+
+    - shard: a shard, which can be rebuilt
+    - plan: a plan, which nothing needs
+    - cache: the whole, whose shards do not belong together
+    - targets: a shard that is as it was written, but does not hold what the teacher gives
+    - unreadable: nothing for all that is known; the system does not let a shard or plan be read
+    """
     place: str
     "The shard's name, or the plan's file."
     file: str
@@ -51,7 +56,7 @@ class Report:
     """What a check found."""
 
     shards: int
-    "Records."
+    "Records, also those that are damaged."
     files: int
     "Files that the records name."
     size: int
@@ -66,6 +71,8 @@ class Report:
     "Planned shards that are not committed."
     recomputed: int = 0
     "Samples of the probe that a teacher computed again."
+    unchecked: tuple[str, ...] = ()
+    "Of samples and targets what was to be checked, but the cache cannot be opened as a whole."
 
     @property
     def bad_shards(self) -> list[str]:
@@ -90,12 +97,14 @@ def verify_targets(
 
     Raises:
         MismatchError: it is not the cache's teacher.
-        CacheError: the cache cannot be opened as a whole; what is wrong with it comes first.
     """
+    try:
+        cache = open_cache(root)
+    except CacheError:  # why is among the problems already
+        return replace(report, unchecked=(*report.unchecked, "targets"))
     with announced(IMPORTING):  # here: `verify` alone does without torch
         from cache_builder.recompute import load_for, recompute
 
-    cache = open_cache(root)
     builder = load_for(cache, teacher, vision_tower, device)
     bad = {*report.bad_shards, *report.unreadable}
     whole = [name for name in cache.records if name not in bad]
@@ -107,7 +116,7 @@ def verify_cache(root: Path, *, workers: int, decode: bool) -> Report:
     """Check records, plans and every byte of every shard.
 
     Args:
-        workers: files read at the same time.
+        workers: shards checked at the same time.
         decode: also read every sample through the reading API and check its values.
 
     Raises:
@@ -122,17 +131,21 @@ def verify_cache(root: Path, *, workers: int, decode: bool) -> Report:
     problems += _misfits(records)
     problems += _check_files(root, records.values(), workers)
     samples = 0
-    if decode and records:
+    unchecked: tuple[str, ...] = ()
+    if decode and not _opens(records, problems):
+        unchecked = ("samples",)
+    elif decode and records:
         samples, wrong = _check_values(root, records, problems, workers)
         problems += wrong
     return Report(
-        shards=len(records),
+        shards=len(record_names(root)),
         files=sum(len(record.files) for record in records.values()),
         size=_size(records.values()),
         samples=samples,
         problems=tuple(problems),
         leftovers=_count_leftovers(root),
         pending=len(planned - set(record_names(root))),
+        unchecked=unchecked,
     )
 
 
@@ -247,13 +260,20 @@ def _sha256(root: Path, path: str, advance: Advance) -> str:
     return digest.hexdigest()
 
 
+def _opens(records: Mapping[str, ShardRecord], problems: Sequence[Problem]) -> bool:
+    """Whether the cache can be opened: every record is whole, and they belong together."""
+    return _bad_places(problems) <= set(records) and not any(p.kind == "cache" for p in problems)
+
+
+def _bad_places(problems: Sequence[Problem]) -> set[str]:
+    """Shards that anything is wrong with."""
+    return {problem.place for problem in problems if not problem.place.startswith(f"{PLANS}/")}
+
+
 def _check_values(
     root: Path, records: Mapping[str, ShardRecord], known: Sequence[Problem], workers: int
 ) -> tuple[int, list[Problem]]:
-    bad = {problem.place for problem in known if not problem.place.startswith(f"{PLANS}/")}
-    if not bad <= set(records) or any(problem.kind == "cache" for problem in known):
-        return 0, []  # it cannot be opened as a whole; why is among the problems already
-    cache = open_cache(root)
+    cache, bad = open_cache(root), _bad_places(known)
     whole = [record for name, record in records.items() if name not in bad]
     problems: list[Problem] = []
     total = sum(len(record.keys) for record in whole)

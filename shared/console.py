@@ -132,6 +132,8 @@ def announced(what: str) -> Iterator[None]:
         yield
     finally:
         line.cancel()
+        if line.is_alive():  # what comes next may fork
+            line.join()
 
 
 def printable_lines(lines: Iterable[str]) -> str:

@@ -100,7 +100,7 @@ def train(
     stop.is_watched = True
     with watch:
         if held_out is not None and progress.get("evaluation_due"):
-            watch.evaluation(first_step, _evaluate(student, held_out, accelerator))
+            _evaluate(first_step, student, held_out, accelerator, watch)
         for step, micro in enumerate(batches, start=first_step + 1):
             try:
                 terms = _gradients(module, student, micro, accelerator)
@@ -122,7 +122,7 @@ def train(
             is_due = step % every == 0 and step != last_step
             is_stopped = _is_asked(stop, accelerator)
             if held_out is not None and is_due and not is_stopped:
-                watch.evaluation(step, _evaluate(student, held_out, accelerator))
+                _evaluate(step, student, held_out, accelerator, watch)
             if step % recipe.save_every == 0 or step == last_step or is_stopped:
                 progress = {
                     "step": step, "unlogged": watch.unlogged,
@@ -136,7 +136,7 @@ def train(
             raise StoppedRun(progress["step"], last_step)
         stop.is_watched = False
         if held_out is not None:  # behind the checkpoint: if this fails, the training is not lost
-            scores = watch.evaluation(last_step, _evaluate(student, held_out, accelerator))
+            scores = _evaluate(last_step, student, held_out, accelerator, watch)
     return Outcome(steps=last_step, seconds=watch.seconds, scores=scores)
 
 
@@ -199,14 +199,18 @@ def make_optimizer(student: AlignedStudent, recipe: Recipe) -> torch.optim.AdamW
 
 
 def warmup_cosine(warmup: float, last_step: int) -> Callable[[int], float]:
-    """Step -> share of the peak rate: linear rise over `warmup` of the steps, cosine to zero."""
+    """Step -> share of the peak rate: linear rise over `warmup` of the steps, cosine to zero.
+
+    As transformers' schedule, but for the rise: that one begins at zero, and a run's first step
+    would change nothing.
+    """
     rising = math.ceil(warmup * last_step)
 
     def share(step: int) -> float:
         if step < rising:
             return (step + 1) / (rising + 1)
         done = (step - rising) / max(1, last_step - rising)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return 0.5 * (1 + math.cos(math.pi * done))
 
     return share
 
@@ -233,8 +237,9 @@ def save_checkpoint(
 
 def _is_asked(stop: StopRequest, accelerator: Accelerator) -> bool:
     """Whether any process was asked to stop, so that all do, after the same step."""
-    asked = torch.tensor(float(stop.requested), device=accelerator.device)
-    return bool(accelerator.reduce(asked, "sum"))
+    if stop.requested:
+        accelerator.set_trigger()
+    return bool(accelerator.check_trigger())
 
 
 def _resume(accelerator: Accelerator, checkpoint: Path | None) -> dict[str, Any]:
@@ -273,11 +278,20 @@ def _gradients(
     return {"loss": float((totals * scale).sum()), **used}
 
 
-def _evaluate(student: AlignedStudent, held_out: HeldOutSet, accelerator: Accelerator) -> Scores:
-    with accelerator.autocast():
-        mine = held_out.score(
-            student.model, rank=accelerator.process_index, world=accelerator.num_processes
-        )
-    sums = torch.tensor(list(vars(mine).values()), dtype=torch.float64, device=accelerator.device)
-    nats, *counts = accelerator.reduce(sums, "sum").tolist()
-    return Scores(**dict(zip(vars(mine), [nats, *map(round, counts)], strict=True)))
+def _evaluate(
+    step: int,
+    student: AlignedStudent,
+    held_out: HeldOutSet,
+    accelerator: Accelerator,
+    watch: Watch,
+) -> Scores:
+    with watch.paused():
+        with accelerator.autocast():
+            mine = held_out.score(
+                student.model, rank=accelerator.process_index, world=accelerator.num_processes
+            )
+        sums = torch.tensor([*vars(mine).values()], dtype=torch.float64, device=accelerator.device)
+        nats, *counts = accelerator.reduce(sums, "sum").tolist()
+    scores = Scores(**dict(zip(vars(mine), [nats, *map(round, counts)], strict=True)))
+    watch.evaluation(step, scores)
+    return scores

@@ -4,8 +4,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -42,28 +42,25 @@ class Watch:
         self._sums = dict(unlogged)
         self._timed, self._paused, self._begun = 0, 0.0, time.monotonic()
         self._mark = self._begun
-        self._redirect = logging_redirect_tqdm()
+        self._opened = ExitStack()
         self.seconds = 0.0
         "Wall time of training, evaluation left out."
         if self._main:
             from torch.utils.tensorboard import SummaryWriter
 
             run.cut_log(first, last)
-            self._bar = tqdm(initial=first, total=last, unit="step", desc="train")
-            self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1)
-            self._file = (run.path / "log.jsonl").open("a", buffering=1)
+            take = self._opened.enter_context
+            self._bar = take(tqdm(initial=first, total=last, unit="step", desc="train"))
+            self._board = take(SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1))
+            self._file = take((run.path / "log.jsonl").open("a", buffering=1))
 
     def __enter__(self) -> "Watch":
-        self._redirect.__enter__()
+        self._opened.enter_context(logging_redirect_tqdm())
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.seconds = time.monotonic() - self._begun - self._paused
-        self._redirect.__exit__(*error)
-        if self._main:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
+        self._opened.close()
 
     @property
     def unlogged(self) -> dict[str, float]:
@@ -105,16 +102,21 @@ class Watch:
             self._write(step, line)
             self._sums, self._timed, self._mark = {}, 0, now
 
-    def evaluation(self, step: int, scores: Scores) -> Scores:
-        """Write an evaluation; its time does not count as training."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block's time does not count as training."""
+        begun = time.monotonic()
+        yield
+        spent = time.monotonic() - begun
+        self._paused += spent
+        self._mark += spent
+
+    def evaluation(self, step: int, scores: Scores) -> None:
+        """Write an evaluation."""
         line: dict[str, float] = {"eval_loss": scores.loss}
         if scores.exact_match is not None:
             line["eval_exact_match"] = scores.exact_match
         self._write(step, line)
-        now = time.monotonic()
-        self._paused += now - self._mark
-        self._mark = now
-        return scores
 
     def _write(self, step: int, line: Mapping[str, float]) -> None:
         if not self._main:

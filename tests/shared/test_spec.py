@@ -1,4 +1,4 @@
-"""A spec says what is stored, and its digest changes with that and nothing else."""
+"""A spec says what is stored; what makes no sense is refused."""
 
 import json
 import re
@@ -35,21 +35,6 @@ def test_a_spec_does_not_depend_on_how_the_file_is_written(tmp_path: Path) -> No
     path.write_text("# a comment\n" + yaml.safe_dump(backwards, sort_keys=False))
 
     assert CacheSpec.load(path).to_dict() == CacheSpec.from_dict(FULL).to_dict()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"template": "plain"}, {"image_aspect": "square"}, {"max_tokens": 100},
-        {"attention": None}, {"attention": {"layers": [1], "encoding": "float32"}},
-        {"vision_tokens": {"encoding": "float16"}},
-        {"logprobs": {"top_k": 3, "encoding": "float32"}},
-    ],
-)  # fmt: skip
-def test_every_field_is_part_of_the_identity(change: dict[str, object]) -> None:
-    changed = CacheSpec.from_dict({**FULL, **change})
-
-    assert changed.to_dict() != CacheSpec.from_dict(FULL).to_dict()
 
 
 def test_equal_values_have_equal_digests_whatever_their_order() -> None:

@@ -9,7 +9,7 @@ most one tar ahead or behind, so memory is bounded by the size of a shard, not b
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,26 +21,20 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cache_builder.ahead import Ahead
-from cache_builder.committed import ADVICE, Committed
+from cache_builder.committed import Committed
 from cache_builder.features import ShardFeatures, compute_features, write_features
 from cache_builder.prepare import PreparedTar, TarReader
 from cache_builder.probe import make_probe, write_probe
 from cache_builder.skips import SkipBudget, SkipLimit
+from cache_builder.tars import find_pending, tar_facts
 from cache_builder.teacher import Teacher
 from shared.errors import ConfigError, InputError
 from shared.images import ImageProcessor
 from shared.plan import plan_file
-from shared.record import (
-    FORMAT,
-    ProbeSample,
-    ShardRecord,
-    TarFacts,
-    compare,
-    shard_name,
-)
-from shared.samples import TarIndex, index_tars, refuse_repeated_keys, tar_sha256
+from shared.record import FORMAT, ProbeSample, ShardRecord, shard_name
+from shared.samples import TarIndex, first_of, index_readable_tars
 from shared.spec import CacheSpec
-from shared.stopping import Stopped, StopRequest
+from shared.stopping import AGAIN, Stopped, StopRequest
 from shared.store import new_shard, put_file
 from shared.tokenizer import Tokenizer, tokenizer_identity
 
@@ -59,8 +53,13 @@ class BuildReport:
     "Samples stored by this run."
     skipped: int
     "Samples of this run that could not be used."
-    left: int = 0
+    left: int
     "Shards still to build, because the run was asked to stop."
+
+    @property
+    def stopped(self) -> str:
+        """What to add of a run that was asked to stop; empty if it was not."""
+        return f"; stopped by SIGTERM with {self.left} shards left: {AGAIN}" if self.left else ""
 
 
 @dataclass(kw_only=True)
@@ -89,6 +88,13 @@ class Builder:
             "numerics": self.teacher.numerics,
         }
 
+    def reader(self) -> TarReader:
+        """Reads tars for this teacher."""
+        return TarReader(
+            self.spec, self.tokenizer, self.processor, batch_size=self.batch_size,
+            pin=self.teacher.device.type == "cuda",
+        )  # fmt: skip
+
 
 def build_cache(
     builder: Builder,
@@ -113,7 +119,7 @@ def build_cache(
     """
     stop = stop or StopRequest()
     names = [shard_name(tar) for tar in tars]
-    indexes, broken = index_tars(tars)
+    indexes, broken = index_readable_tars(tars)
     committed = Committed(out, builder.identity)
     pending = find_pending(committed.records, indexes, out)
     limit = max_skipped or SkipLimit.parse("100%")
@@ -130,7 +136,7 @@ def build_cache(
     if broken and not stop.requested:
         raise InputError(
             f"{len(broken)} of {len(tars)} tars could not be read, the others are built: "
-            + "; ".join(map(str, broken[:3]))
+            f"{first_of(broken)}"
         )
     return BuildReport(
         built=run.built,
@@ -139,58 +145,6 @@ def build_cache(
         skipped=run.skipped,
         left=len(pending) - run.built - run.taken,
     )
-
-
-def find_pending(
-    records: Mapping[str, ShardRecord],
-    indexes: Sequence[TarIndex],
-    out: Path,
-    *,
-    by_headers: bool = False,
-) -> list[TarIndex]:
-    """Tars without a record; those with one must be what their shard was built from.
-
-    Args:
-        by_headers: compare the tars' sizes and headers and do not read all of their bytes.
-
-    Raises:
-        MismatchError: names both values.
-        InputError: a pending tar holds a sample that a shard of another tar holds already.
-    """
-    refuse_other_tars(records, indexes, out, ADVICE, by_headers=by_headers)
-    pending = [index for index in indexes if index.name not in records]
-    stored = {key: record.tar.name for record in records.values() for key in record.keys}
-    refuse_repeated_keys(pending, stored)
-    return pending
-
-
-def refuse_other_tars(
-    records: Mapping[str, ShardRecord],
-    indexes: Sequence[TarIndex],
-    root: Path,
-    advice: str,
-    *,
-    by_headers: bool = False,
-) -> None:
-    """Compare the tars that have a record with what their shards were built from.
-
-    Args:
-        root: the cache, and `advice` what to do, for the message.
-        by_headers: compare the tars' sizes and headers and do not read all of their bytes.
-
-    Raises:
-        MismatchError: names both values.
-    """
-    known = [index for index in indexes if index.name in records]
-    found = (
-        ((index, _header_facts(index)) for index in known)
-        if by_headers
-        else ((index, vars(facts)) for index, facts in each_tar_facts(known))
-    )
-    accept = ("sha256",) if by_headers else ()
-    for index, here in found:
-        there = vars(records[index.name].tar)
-        compare(f"{root}: shard {index.name}: tar", there, here, advice, accept)
 
 
 def write_plan(out: Path, names: Sequence[str]) -> None:
@@ -202,27 +156,6 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
     file, content = plan_file(names)
     if not (out / file).exists():
         put_file(out / file, content)
-
-
-def each_tar_facts(indexes: Sequence[TarIndex]) -> Iterator[tuple[TarIndex, TarFacts]]:
-    """Facts of tar after tar; all their bytes are read, so a bar says how far that is."""
-    total = sum(index.path.stat().st_size for index in indexes)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="check tars", delay=2) as bar:
-        for index in indexes:
-            yield index, tar_facts(index, bar.update)
-
-
-def tar_facts(index: TarIndex, advance: Callable[[int], object] = lambda _: None) -> TarFacts:
-    """Name, size and digests of a tar; `advance` is told the bytes that are read."""
-    return TarFacts(**_header_facts(index), sha256=tar_sha256(index.path, advance))
-
-
-def _header_facts(index: TarIndex) -> dict[str, Any]:
-    return {
-        "name": index.path.name,
-        "size": index.path.stat().st_size,
-        "index_sha256": index.sha256,
-    }
 
 
 def commit_shard(
@@ -265,7 +198,7 @@ class _Run:
     stop: StopRequest
     built: int = 0
     taken: int = 0
-    "Shards that another build was faster with."
+    "Shards that another build committed first."
     samples: int = 0
     skipped: int = 0
     size: int = 0
@@ -337,10 +270,7 @@ class _Run:
 def _prepared(builder: Builder, pending: Sequence[TarIndex]) -> Iterator[Iterator[PreparedTar]]:
     """The tars in order, each read while the one before is in work."""
     pool = ThreadPoolExecutor(1, "read")
-    with TarReader(
-        builder.spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size,
-        pin=builder.teacher.device.type == "cuda",
-    ) as reader:  # fmt: skip
+    with builder.reader() as reader:
         try:
             yield Ahead(reader, pending, pool, depth=1)
         finally:

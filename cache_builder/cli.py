@@ -20,22 +20,19 @@ from shared.console import (
     DEVICE,
     FILE,
     FOLDER,
-    IMPORTING,
     VISION_TOWER,
     Command,
     Group,
-    announced,
     bytes_text,
     configure_logging,
     printable_lines,
 )
+from shared.progress import IMPORTING, announced
 
 if TYPE_CHECKING:
     from cache_builder.estimate import Estimate
     from cache_builder.summary import Summary
     from shared.spec import CacheSpec
-
-_AGAIN = "run the same command again to continue"
 
 
 @click.command(cls=Command, name="build-cache")
@@ -80,7 +77,7 @@ def build_cache(
     from cache_builder.skips import SkipLimit
     from shared.samples import expand_tars
     from shared.spec import CacheSpec
-    from shared.stopping import Stopped, stop_on_sigterm
+    from shared.stopping import AGAIN, Stopped, stop_on_sigterm
 
     loaded_spec, tars, limit = CacheSpec.load(spec), expand_tars(data), SkipLimit.parse(max_skipped)
     if dry_run:
@@ -97,16 +94,15 @@ def build_cache(
             )  # fmt: skip
             report = build.build_cache(builder, tars, out, max_skipped=limit, stop=stop)
     except Stopped:
-        click.echo(f"{out}: stopped by SIGTERM before a shard was built; {_AGAIN}")
+        click.echo(f"{out}: stopped by SIGTERM before a shard was built; {AGAIN}")
         return
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report)))
         return
-    stopped = f"; stopped by SIGTERM with {report.left} shards left: {_AGAIN}"
     click.echo(
         f"{out}: {report.built} shards built, {report.present} were there; "
         f"{report.samples} samples stored, {report.skipped} skipped "
-        f"(see cache-tools info {out}){stopped if report.left else ''}"
+        f"(see cache-tools info {out}){report.stopped}"
     )
 
 
@@ -171,7 +167,6 @@ def _dry_run(
         from cache_builder.teacher import check_spec
         from shared.checkpoint import ModelFolder
         from shared.mobilevlm import read_config
-    from shared.errors import InputError
     from shared.record import shard_name
     from shared.samples import index_tars
 
@@ -180,11 +175,7 @@ def _dry_run(
     check_spec(spec, config)
     for tar in tars:
         shard_name(tar)  # refuses names that no shard may have
-    indexes, broken = index_tars(tars)
-    if broken:
-        raise InputError(
-            f"{len(broken)} of {len(tars)} tars cannot be read: {'; '.join(map(str, broken[:3]))}"
-        )
+    indexes = index_tars(tars)
     tokenizer = load_teacher_tokenizer(folder, config)
     left = find_left(indexes, out, spec, config, tokenizer, dtype)
     found = estimate(left, spec, config, tokenizer)

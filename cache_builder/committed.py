@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.record import RECORDS, ShardRecord, compare, record_names
+from shared.record import ShardRecord, compare, record_names
 
 ADVICE = "Build into another folder, or use what this cache was built with."
 
@@ -35,7 +35,7 @@ class Committed:
         """Look for records that came since. Errors as in `__init__`."""
         for name in record_names(self._root):
             if name not in self.records:
-                record = ShardRecord.load(self._root / RECORDS / f"{name}.json")
+                record = ShardRecord.load(self._root, name)
                 compare(
                     f"{self._root}: shard {name}", record.identity, self._identity, ADVICE,
                     accept=self._unknown,

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cache_builder.build import find_pending
 from cache_builder.committed import Committed
 from cache_builder.prepare import PreparedSample, prepare
 from cache_builder.probe import choose
+from cache_builder.tars import find_pending
 from cache_builder.teacher import config_digest, teacher_facts
 from shared.encodings import ENCODINGS, id_dtype
 from shared.images import ImageProcessor

@@ -67,18 +67,17 @@ def write_features(shard: ShardWriter, features: ShardFeatures, spec: CacheSpec)
     if prompts:
         shard.put("input_ids", np.concatenate([p.input_ids for p in prompts]), ("token",))
         shard.put("labels", np.concatenate([p.labels for p in prompts]), ("token",))
-    _put_offsets(shard, "token_offsets", [len(p.input_ids) for p in prompts])
+    shard.put_offsets("token_offsets", [len(p.input_ids) for p in prompts])
     if features.image_digests:
         digests = np.frombuffer(bytes.fromhex("".join(features.image_digests)), dtype=np.uint8)
         shard.put(IMAGE_SHA256, digests.reshape(-1, 32), ("image", "byte"))
     for name, array in features.arrays.items():
         shard.put(name, array.values, array.axes, zstd_level=array.zstd_level)
     if spec.attention is not None:
-        _put_offsets(shard, "query_offsets", [sample.num_text_rows for sample in features.samples])
+        shard.put_offsets("query_offsets", [sample.num_text_rows for sample in features.samples])
     if spec.logprobs is not None:
-        _put_offsets(
-            shard, "response_offsets", [sample.num_responses for sample in features.samples]
-        )
+        num_responses = [sample.num_responses for sample in features.samples]
+        shard.put_offsets("response_offsets", num_responses)
 
 
 @dataclass(kw_only=True)
@@ -247,8 +246,3 @@ def _refused(encoding: str, pieces: Mapping[str, Tensor]) -> dict[str, str]:
 def _digests(samples: Iterable[PreparedSample]) -> list[str]:
     """Image digests of the samples that have an image."""
     return [sample.image_digest for sample in samples if sample.image_digest is not None]
-
-
-def _put_offsets(shard: ShardWriter, name: str, lengths: Sequence[int]) -> None:
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    shard.put(name, offsets, ("boundary",))

@@ -19,14 +19,13 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from cache_builder.build import Builder, commit_shard, refuse_other_tars
+from cache_builder.build import Builder, commit_shard
 from cache_builder.features import compute_features
-from cache_builder.prepare import TarReader
-from cache_builder.setup import load_builder
+from cache_builder.setup import load_builder_of
+from cache_builder.tars import refuse_other_tars
 from shared.cache import Cache, CachedSample, open_cache
-from shared.console import announced
 from shared.errors import InputError
-from shared.record import compare
+from shared.progress import announced
 from shared.samples import TarIndex, index_tars
 from shared.spec import CacheSpec
 
@@ -84,11 +83,12 @@ def measure_cache(
     """
     cache = open_cache(root)
     chosen = choose_samples(cache, tars, samples)
-    builder = load_builder(
-        exact_spec(cache.spec), teacher, vision_tower=vision_tower, device=device,
-        dtype=str(cache.identity["numerics"]["dtype"]), batch_size=None,
+    advice = "Give the teacher and the tars that the cache was built with."
+    builder = load_builder_of(
+        cache, teacher, cache.spec.exact(), advice, vision_tower=vision_tower, device=device,
+        batch_size=None,
     )  # fmt: skip
-    check_origin(cache, builder, chosen)
+    refuse_other_tars(cache.records, chosen, cache.root, advice)
     build_exact(builder, chosen, exact)
     differences = compare_samples(open_cache(exact), cache)
     return CacheFidelity(
@@ -102,14 +102,14 @@ def measure_cache(
 
 def measure_students(
     root: Path, exact: Path, found: CacheFidelity, options: Sequence[str]
-) -> list[dict[str, Any]] | int:
+) -> list[dict[str, Any]]:
     """What the difference does to students: `student_train.fidelity`'s report on each.
 
     Args:
         options: its options besides caches, tars and device.
 
-    Returns:
-        The exit code, if it failed; it has said why.
+    Raises:
+        CalledProcessError: it failed, and has said why.
     """
     if found.device.startswith("cuda"):
         torch.cuda.empty_cache()  # the teacher's memory: the students need it
@@ -120,19 +120,9 @@ def measure_students(
         *("--exact", str(exact), "--cache", str(root), "--device", found.device, *tars, *options),
     ]
     with announced("comparing the students"):
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        return done.returncode
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     students: list[dict[str, Any]] = json.loads(done.stdout)
     return students
-
-
-def exact_spec(spec: CacheSpec) -> CacheSpec:
-    """The same signals, as the teacher gave them."""
-    values = spec.to_dict()
-    for signal in spec.encodings:
-        values[signal]["encoding"] = "float32"
-    return CacheSpec.from_dict(values)
 
 
 def choose_samples(cache: Cache, tars: Sequence[Path], number: int) -> list[TarIndex]:
@@ -142,9 +132,7 @@ def choose_samples(cache: Cache, tars: Sequence[Path], number: int) -> list[TarI
         InputError: none is in `tars`, or one of those cannot be read.
     """
     known = [tar for tar in tars if tar.name in {r.tar.name for r in cache.records.values()}]
-    indexes, broken = index_tars(known)
-    if broken:
-        raise broken[0]
+    indexes = index_tars(known)
     usable = [(index, s) for index in indexes for s in index.samples if s.key in cache]
     if not usable:
         raise InputError(
@@ -163,28 +151,13 @@ def choose_samples(cache: Cache, tars: Sequence[Path], number: int) -> list[TarI
     ]
 
 
-def check_origin(cache: Cache, builder: Builder, chosen: Sequence[TarIndex]) -> None:
-    """Refuse what the cache was not built with.
-
-    Raises:
-        MismatchError: both values are named.
-    """
-    here = {**builder.identity, "spec": cache.identity["spec"]}
-    advice = "Give the teacher and the tars that the cache was built with."
-    compare(f"cache {cache.root}", cache.identity, here, advice)
-    refuse_other_tars(cache.records, chosen, cache.root, advice)
-
-
 def build_exact(builder: Builder, chosen: Sequence[TarIndex], out: Path) -> None:
     """Write a cache of the chosen samples, a shard for each tar."""
     total = sum(len(index.samples) for index in chosen)
     with (
         tqdm(total=total, unit="sample", desc="teacher", delay=2) as bar,
-        TarReader(
-            builder.spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size,
-            pin=builder.teacher.device.type == "cuda",
-        ) as reader,
-    ):  # fmt: skip
+        builder.reader() as reader,
+    ):
         for index in chosen:
             features = compute_features(
                 reader(index), builder.teacher, builder.spec, advance=bar.update

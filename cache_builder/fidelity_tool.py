@@ -5,6 +5,7 @@ Imports are inside the command, so that `--help` needs neither torch nor zarr.
 
 import dataclasses
 import json
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,11 @@ from shared.console import (
     AS_JSON,
     DEVICE,
     FOLDER,
-    IMPORTING,
     VISION_TOWER,
     Command,
-    announced,
     printable_lines,
 )
+from shared.progress import IMPORTING, announced
 
 if TYPE_CHECKING:
     from cache_builder.fidelity import CacheFidelity
@@ -80,12 +80,13 @@ def fidelity(
             cache, teacher, expand_tars(data), exact, vision_tower=vision_tower, device=device,
             samples=samples,
         )  # fmt: skip
-        reports: list[dict[str, Any]] | int = []
+        reports: list[dict[str, Any]] = []
         if students:
             options = [*named, *tower, "--recipe", recipe, *changes]
-            reports = measure_students(cache, exact, found, options)
-    if isinstance(reports, int):
-        click.get_current_context().exit(reports)
+            try:
+                reports = measure_students(cache, exact, found, options)
+            except subprocess.CalledProcessError as failed:  # it has said why
+                click.get_current_context().exit(failed.returncode)
     if as_json:
         values = {**dataclasses.asdict(found), "tars": [str(tar) for tar in found.tars]}
         click.echo(json.dumps({**values, "students": reports}, indent=1))

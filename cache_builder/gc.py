@@ -8,10 +8,9 @@ been written to for a while is swept.
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shared.errors import CacheError
 from shared.inside import Entry, list_inside, walk_inside
@@ -82,11 +81,6 @@ def remove(root: Path, path: str) -> None:
             target.unlink(missing_ok=True)
     except OSError as error:
         raise CacheError(f"{target}: cannot be deleted ({error.strerror})") from error
-
-
-def as_values(leftovers: Sequence[Leftover]) -> list[dict[str, Any]]:
-    """Plain values, for JSON."""
-    return [dict(vars(leftover)) for leftover in leftovers]
 
 
 def _candidates(root: Path) -> Iterator[tuple[str, Entry]]:

@@ -21,7 +21,7 @@ from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
 from shared.prompt import IGNORE, Prompt, build_prompt, check_length
 from shared.record import Skipped
-from shared.samples import Sample, TarIndex, read_samples
+from shared.samples import Sample, TarIndex, read_sample
 from shared.spec import CacheSpec
 from shared.tokenizer import Tokenizer
 
@@ -93,13 +93,11 @@ def prepare(
     """Read a tar's samples and build their prompts; those that cannot be used come as Skipped."""
     for key, reason in tar.skipped.items():
         yield Skipped(key=key, reason=reason)
-    for key, sample in read_samples(tar):
+    for entry in tar.samples:
         try:
-            if isinstance(sample, UnusableSample):
-                raise sample
-            yield prepare_sample(sample, spec, tokenizer)
-        except UnusableSample as unusable:
-            yield Skipped(key=key, reason=str(unusable))
+            yield prepare_sample(read_sample(tar.path, entry), spec, tokenizer)
+        except UnusableSample as reason:
+            yield Skipped(key=entry.key, reason=str(reason))
 
 
 class TarReader:

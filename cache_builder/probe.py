@@ -66,7 +66,6 @@ def _read(
 
 
 def _put(shard: ShardWriter, name: str, pieces: Sequence[bytes]) -> None:
-    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
-    shard.put(f"{name}_offsets", offsets, ("boundary",))
-    if offsets[-1]:
-        shard.put(name, np.frombuffer(b"".join(pieces), dtype=np.uint8), ("byte",))
+    shard.put_offsets(f"{name}_offsets", [len(piece) for piece in pieces])
+    if joined := b"".join(pieces):
+        shard.put(name, np.frombuffer(joined, dtype=np.uint8), ("byte",))

@@ -7,33 +7,31 @@ device changes in the teacher's arithmetic.
 Axes: H head, Q text row, V vision token, C channel, R response position, K top-k entry.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int
 from tqdm import tqdm
 
 from cache_builder.build import Builder
 from cache_builder.features import ShardFeatures, compute_features
 from cache_builder.prepare import PreparedTar, decode_images, prepare_sample
-from cache_builder.setup import load_builder
+from cache_builder.setup import load_builder_of
 from cache_builder.verify import Problem
 from shared.cache import Cache, CachedSample
 from shared.checkpoint import ModelFolder
 from shared.encodings import ENCODINGS
-from shared.errors import CacheError, DamagedError, MismatchError, UnusableSample
+from shared.errors import CacheError, DamagedError, UnusableSample
 from shared.mobilevlm import read_config
 from shared.probe import ProbeInput, compare_image, compare_pixels, compare_text, read_probe
-from shared.record import compare
 from shared.samples import TarIndex
-from shared.spec import CacheSpec, LogprobsSpec
+from shared.spec import CacheSpec
 from shared.strict import shown
 
-Values = Float32[np.ndarray, "..."]
+Values = Float[np.ndarray, "..."]
 
 NOISE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """Teacher's dtype -> how far off a value may be, as a share of the largest of its array.
@@ -49,21 +47,15 @@ def load_for(cache: Cache, teacher: str, vision_tower: str | None, device: str |
         MismatchError: it is not the teacher that built the cache; both values are named.
         CheckpointError: its folder cannot be used.
     """
-    dtype = str(cache.identity["numerics"]["dtype"])
-    if dtype not in NOISE:
-        raise MismatchError(
-            f"cache {cache.root}: built in {shown(dtype)}, expected one of {', '.join(NOISE)}"
-        )
-    vocabulary = int(read_config(ModelFolder(teacher), vision_tower).llama.vocab_size)
-    builder = load_builder(
-        _exact(cache.spec, vocabulary), teacher, vision_tower=vision_tower, device=device,
-        dtype=dtype, batch_size=1,
-    )  # fmt: skip
-    compare(
-        f"cache {cache.root}", _without_spec(cache.identity), _without_spec(builder.identity),
+    spec = cache.spec.exact()
+    if spec.logprobs is not None:  # all of them: which are the largest may change
+        vocabulary = read_config(ModelFolder(teacher), vision_tower).llama.vocab_size
+        spec = replace(spec, logprobs=replace(spec.logprobs, top_k=vocabulary))
+    return load_builder_of(
+        cache, teacher, spec,
         "Only the teacher that built a cache can give its targets again: name that one.",
+        vision_tower=vision_tower, device=device, batch_size=1,
     )  # fmt: skip
-    return builder
 
 
 def recompute(cache: Cache, builder: Builder, shards: Sequence[str]) -> tuple[int, list[Problem]]:
@@ -85,20 +77,6 @@ def recompute(cache: Cache, builder: Builder, shards: Sequence[str]) -> tuple[in
                 what = f"sample {shown(found.key)}: {what}"
                 problems.append(Problem(kind="targets", place=name, file="", what=what))
     return samples, problems
-
-
-def _exact(spec: CacheSpec, vocabulary: int) -> CacheSpec:
-    """The same signals unencoded, and all log-probabilities: which are the largest may change."""
-    return replace(
-        spec,
-        attention=spec.attention and replace(spec.attention, encoding="float32"),
-        vision_tokens=spec.vision_tokens and replace(spec.vision_tokens, encoding="float32"),
-        logprobs=spec.logprobs and LogprobsSpec(top_k=vocabulary, encoding="float32"),
-    )
-
-
-def _without_spec(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: section for name, section in identity.items() if name != "spec"}
 
 
 def _wrong(cache: Cache, builder: Builder, found: ProbeInput) -> Iterator[str]:
@@ -188,14 +166,16 @@ def _logprob_excesses(
         yield "rests of the log-probabilities", float((off - noise * np.abs(rest).max()).max())
 
 
-def _by_id(ids: Int32[np.ndarray, "R vocab"] | Any, values: Any) -> Float32[np.ndarray, "R vocab"]:
+def _by_id(
+    ids: Int[np.ndarray, "R vocab"], values: Float32[np.ndarray, "R vocab"]
+) -> Float32[np.ndarray, "R vocab"]:
     """Log-probabilities in the order of the vocabulary."""
     ordered: Float32[np.ndarray, "R vocab"] = np.empty_like(values)
     np.put_along_axis(ordered, ids, values, axis=1)
     return ordered
 
 
-def _excess(encoding: str, stored: Values, exact: Values | Any, noise: float) -> float:
+def _excess(encoding: str, stored: Values, exact: Values, noise: float) -> float:
     """How far the worst stored value is beyond its encoding's bound and the noise; <= 0 is good."""
     if stored.shape != exact.shape:
         return float("inf")
@@ -206,7 +186,7 @@ def _excess(encoding: str, stored: Values, exact: Values | Any, noise: float) ->
     return float((off - slack - error_bound(encoding, np.abs(exact) + slack, exact)).max())
 
 
-def error_bound(encoding: str, largest: Values | Any, exact: Values | Any) -> Any:
+def error_bound(encoding: str, largest: Values, exact: Values) -> Values:
     """Largest error of each value, as `cache_specs/encodings/` has it.
 
     Args:
@@ -216,10 +196,12 @@ def error_bound(encoding: str, largest: Values | Any, exact: Values | Any) -> An
     form = ENCODINGS[encoding]
     match form.family:
         case "float":
-            return np.maximum(largest * 2.0**-11, 2.0**-25) if form.bits == 16 else 0.0
+            rounded = np.maximum(largest * 2.0**-11, 2.0**-25)
+            bound = rounded if form.bits == 16 else np.zeros_like(exact)
         case "channel":
             span = exact.max(axis=-2, keepdims=True) - exact.min(axis=-2, keepdims=True)
-            return form.steps_off * (1 + 2.0**-7) * span / form.levels
+            bound = form.steps_off * (1 + 2.0**-7) * span / form.levels
         case _:
             step = (1 + 2.0**-7) * np.sqrt(largest.max(axis=-1, keepdims=True)) / form.levels
-            return 2 * form.steps_off * step * np.sqrt(largest) + (form.steps_off * step) ** 2
+            bound = 2 * form.steps_off * step * np.sqrt(largest) + (form.steps_off * step) ** 2
+    return np.asarray(bound)

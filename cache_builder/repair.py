@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.gc import remove
+from cache_builder.tars import refuse_other_tars
 from cache_builder.verify import Report
 from shared.errors import CacheError, InputError
 from shared.inside import list_inside
@@ -90,17 +91,14 @@ def check_tars(root: Path, report: Report, tars: Sequence[Path]) -> None:
 
     Raises:
         MismatchError: both values are named.
-        InputError: a tar cannot be read.
+        InputError: tars cannot be read, or one sample key stands in two of them.
     """
-    from cache_builder.build import refuse_other_tars  # torch, which `repair` alone does without
-
-    indexes, broken = index_tars(tars)
-    if broken:
+    try:
+        indexes = index_tars(tars)
+    except InputError as error:
         raise InputError(
-            f"{len(broken)} of {len(tars)} tars to build cannot be read: "
-            f"{'; '.join(map(str, broken[:3]))}. Nothing was taken out: mend them, or leave "
-            "--teacher and --data out"
-        )
+            f"{error}. Nothing was taken out: mend them, or leave --teacher and --data out"
+        ) from error
     records = {name: record for name in report.bad_shards if (record := _record(root, name))}
     advice = "Nothing was taken out: name the tar that the shard was built from."
     refuse_other_tars(records, indexes, root, advice)
@@ -151,6 +149,6 @@ def _take_out_shard(root: Path, name: str) -> None:
 def _record(root: Path, name: str) -> ShardRecord | None:
     """None if it cannot be read."""
     try:
-        return ShardRecord.load(root / RECORDS / f"{name}.json")
+        return ShardRecord.load(root, name)
     except CacheError:
         return None

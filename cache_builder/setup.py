@@ -4,12 +4,18 @@ import torch
 
 from cache_builder.build import Builder
 from cache_builder.teacher import Teacher
+from shared.cache import Cache
 from shared.checkpoint import ModelFolder
 from shared.errors import ConfigError
 from shared.images import ImageProcessor
 from shared.mobilevlm import VLMConfig, keep_float32
+from shared.record import compare
 from shared.spec import CacheSpec
+from shared.strict import shown
 from shared.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+"Number formats of a teacher."
 
 
 def load_builder(
@@ -28,9 +34,11 @@ def load_builder(
             time and needs memory for them.
 
     Raises:
-        ConfigError: no such device, or a spec that the teacher cannot meet.
+        ConfigError: no such device or number format, or a spec that the teacher cannot meet.
         CheckpointError: the teacher's folder cannot be used.
     """
+    if dtype not in (None, *DTYPES):  # a record's, which may be a stranger's
+        raise ConfigError(f"number format {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     folder = ModelFolder(teacher)
     chosen = pick_device(device)
     keep_float32()
@@ -46,6 +54,34 @@ def load_builder(
         processor=ImageProcessor(loaded.config.tower_folder, spec.image_aspect),
         batch_size=batch_size or (16 if chosen.type == "cuda" else 4),
     )
+
+
+def load_builder_of(
+    cache: Cache,
+    teacher: str,
+    spec: CacheSpec,
+    advice: str,
+    *,
+    vision_tower: str | None,
+    device: str | None,
+    batch_size: int | None,
+) -> Builder:
+    """The teacher that built a cache, set up to give what `spec` says in the cache's number format.
+
+    Args:
+        advice: what to do about another teacher, for the message.
+
+    Raises:
+        MismatchError: it is not the cache's; both values are named.
+        CheckpointError: the teacher's folder cannot be used.
+    """
+    builder = load_builder(
+        spec, teacher, vision_tower=vision_tower, device=device, batch_size=batch_size,
+        dtype=str(cache.identity["numerics"]["dtype"]),
+    )  # fmt: skip
+    here = {**builder.identity, "spec": cache.identity["spec"]}
+    compare(f"cache {cache.root}", cache.identity, here, advice)
+    return builder
 
 
 def load_teacher_tokenizer(folder: ModelFolder, config: VLMConfig) -> Tokenizer:

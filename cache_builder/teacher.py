@@ -18,7 +18,6 @@ from torch import Tensor
 
 from shared.capture import QueryKey, text_to_vision
 from shared.checkpoint import ModelFolder, weights_digest
-from shared.console import announced
 from shared.errors import ConfigError
 from shared.mobilevlm import (
     NUM_VISION,
@@ -29,6 +28,7 @@ from shared.mobilevlm import (
     read_tower,
     to_published,
 )
+from shared.progress import announced
 from shared.sequence import SequenceBatch
 from shared.spec import CacheSpec, canonical_digest
 

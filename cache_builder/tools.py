@@ -16,14 +16,13 @@ from shared.console import (
     AS_JSON,
     DEVICE,
     FOLDER,
-    IMPORTING,
     VISION_TOWER,
     Command,
-    announced,
     bytes_text,
     printable_lines,
 )
 from shared.errors import CacheError, DamagedError
+from shared.progress import IMPORTING, announced
 
 if TYPE_CHECKING:
     from cache_builder.build import Builder
@@ -149,18 +148,16 @@ def repair(
 def _build_chosen(builder: "Builder", tars: Sequence[Path], cache: Path) -> str:
     """What came of it."""
     from cache_builder.build import build_cache
-    from shared.stopping import Stopped, stop_on_sigterm
+    from shared.stopping import AGAIN, Stopped, stop_on_sigterm
 
-    again = "run the same command again to continue"
     try:
         with stop_on_sigterm() as stop:
             built = build_cache(builder, tars, cache, stop=stop)
     except Stopped:
-        return f"{cache}: stopped by SIGTERM before a shard was built; {again}"
-    stopped = f"; stopped by SIGTERM with {built.left} shards left: {again}" if built.left else ""
+        return f"{cache}: stopped by SIGTERM before a shard was built; {AGAIN}"
     return (
         f"{cache}: {built.built} shards built, {built.samples} samples stored, "
-        f"{built.skipped} skipped{stopped}"
+        f"{built.skipped} skipped{built.stopped}"
     )
 
 
@@ -207,11 +204,12 @@ def gc(cache: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
     Data folders that no record names and half-written files; readers never look at them. Links and
     anything that a build does not make are left alone.
     """
-    from cache_builder.gc import as_values, sweep
+    from cache_builder.gc import sweep
 
     old, young = sweep(cache, older_than=3600 * older_than, dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps({"deleted": as_values(old), "spared": as_values(young)}, indent=1))
+        found = {"deleted": [*map(vars, old)], "spared": [*map(vars, young)]}
+        click.echo(json.dumps(found, indent=1))
         return
     verb = "would delete" if dry_run else "deleted"
     lines = [*_leftover_lines(verb, old), *_leftover_lines("spared", young)]

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from cache_builder.gc import find_leftovers
 from cache_builder.values import wrong_digests, wrong_value
 from shared.cache import Cache, open_cache
-from shared.console import IMPORTING, announced
 from shared.errors import CacheError, DamagedError, MismatchError
 from shared.inside import Entry, open_inside, walk_inside
 from shared.plan import PLANS, plan_files, read_plan
 from shared.probe import compare_image, read_probe
+from shared.progress import IMPORTING, announced
 from shared.reader import ShardReader
-from shared.record import RECORDS, ShardRecord, differences, no_cache, record_names
+from shared.record import ShardRecord, differences, no_cache, record_names
 from shared.strict import shown
 
 Advance = Callable[[int], object]
@@ -153,7 +153,7 @@ def _load_records(root: Path) -> tuple[dict[str, ShardRecord], list[Problem]]:
     records, problems = {}, []
     for name in record_names(root):
         try:
-            records[name] = ShardRecord.load(root / RECORDS / f"{name}.json")
+            records[name] = ShardRecord.load(root, name)
         except MismatchError as error:  # of another version: whole, for all that is known
             problems.append(Problem(kind="cache", place=name, file="", what=str(error)))
         except DamagedError as error:

@@ -53,7 +53,7 @@ def disagreement(stored: StoredSequences) -> tuple[int, str] | None:
 
 
 def _facts(stored: StoredSequences) -> Iterator[tuple[str, _Counts, _Counts]]:
-    """What is counted, its number in each sample, the number expected; each holds for the next."""
+    """(what, count found in each sample, count expected); later ones rely on those before."""
     sizes = np.array([len(ids) for ids in stored.input_ids])
     yield "empty sequences", (sizes == 0).astype(np.int64), np.zeros_like(sizes)
     begins = np.cumsum(sizes) - sizes

@@ -138,4 +138,4 @@ class BatchReads:
 
 def _edges(samples: Sequence[Rows]) -> list[int]:
     """Where the rows of each sample begin, laid one behind the other, and where the last end."""
-    return [0, *accumulate(rows.number for rows in samples)]
+    return [*accumulate((rows.number for rows in samples), initial=0)]

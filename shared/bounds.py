@@ -31,7 +31,7 @@ _INT64 = 2**63 - 1
 _PART = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"{_PART}(/{_PART}){{0,7}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHOWN: dict[str, dict[str, type]] = {
+_LOOKED_UP: dict[str, dict[str, type]] = {
     "teacher": {
         "hidden_size": int,
         "attention_heads": int,
@@ -67,7 +67,7 @@ def check_identity(identity: Mapping[str, Any]) -> None:
         if not isinstance(identity.get(section), dict):
             raise ValueError(f"identity has no {section}")  # noqa: TRY004  (one error for all)
     _check_extent(identity)
-    for section, fields in _SHOWN.items():
+    for section, fields in _LOOKED_UP.items():
         for field, kind in fields.items():
             value = identity[section].get(field)
             if type(value) is not kind:

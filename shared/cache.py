@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float32, Int32, Shaped
-from tqdm import tqdm
 
 from shared.agreement import StoredSequences, disagreement
 from shared.batch_reads import BatchBuffers, BatchReads, Rows
@@ -30,6 +29,7 @@ from shared.encodings import ENCODINGS, Array, decode
 from shared.errors import DamagedError
 from shared.expected import IMAGE_SHA256, expected_arrays
 from shared.index import IndexCollector, SampleIndex
+from shared.progress import progress
 from shared.prompt import IMAGE_TOKEN
 from shared.reader import ShardReader
 from shared.record import ShardRecord, compare, iter_records, no_cache, spec_of
@@ -301,7 +301,7 @@ def open_cache(path: str | Path) -> Cache:
     records: dict[str, ShardRecord] = {}
     samples = IndexCollector()
     first: ShardRecord | None = None
-    for record in tqdm(iter_records(root), unit="shard", desc="open", delay=2):
+    for record in progress("open", "shard", iter_records(root)):
         first = first or record
         compare(
             f"{root}: shard {record.name}", record.identity, first.identity,

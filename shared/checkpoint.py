@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shared.console import progress
 from shared.errors import CheckpointError
+from shared.progress import progress
 from shared.readable import check_readable, is_file, is_folder
 
 SETTINGS = (
@@ -94,7 +94,7 @@ class ModelFolder:
         for name in wanted:
             by_file.setdefault(files[name], []).append(name)
         tensors: dict[str, Tensor] = {}
-        with progress(len(wanted), "tensor", f"read {self.path.name}") as bar:
+        with progress(f"read {self.path.name}", "tensor", total=len(wanted)) as bar:
             for file, inside in by_file.items():
                 for name, tensor in self._read_file(file, inside):
                     tensors[name] = tensor
@@ -186,7 +186,7 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and values; order and file format do not matter."""
     digest = hashlib.sha256()
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with progress(total, "B", "digest of the weights") as bar:
+    with progress("digest of the weights", "B", total=total) as bar:
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

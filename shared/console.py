@@ -4,15 +4,12 @@ import logging
 import os
 import shlex
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from shared.errors import ProjectError, printable
 
@@ -26,10 +23,6 @@ DATA = click.option(
     "--data", required=True, multiple=True,
     help="Tars: a path, a brace range ('t-{000..099}.tar') or a glob, in quotes. Repeatable.",
 )  # fmt: skip
-IMPORTING = "importing torch and transformers"
-"What takes seconds, on a slow disk half a minute: to be `announced`."
-_PATIENCE = 2.0
-"Seconds in which nothing need be said."
 _TARS = ("--data", "--eval-data")
 "Options that take one pattern of tars."
 DEVICE = click.option("--device", help="cpu, cuda, cuda:1, ....  [default: cuda if there is one]")
@@ -104,36 +97,6 @@ def configure_logging(verbose: bool) -> None:
         stream=sys.stderr,
     )
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line per file of a checkpoint
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that prints, of those that torchrun or accelerate started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def progress(total: int, unit: str, what: str) -> "tqdm[Any]":
-    """A bar for what usually takes no two seconds: shown after them, by the process that prints."""
-    return tqdm(
-        total=total, unit=unit, unit_scale=unit == "B", desc=what, delay=_PATIENCE,
-        leave=False, disable=not is_main_process(),
-    )  # fmt: skip
-
-
-@contextmanager
-def announced(what: str) -> Iterator[None]:
-    """A line to stderr, by the process that prints, if the block takes long: for what no bar can
-    count.
-    """
-    line = threading.Timer(_PATIENCE, click.echo, [f"{what} ..."], {"err": True})
-    line.daemon = True
-    if is_main_process():
-        line.start()
-    try:
-        yield
-    finally:
-        line.cancel()
-        if line.is_alive():  # what comes next may fork
-            line.join()
 
 
 def printable_lines(lines: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ class Expected(NamedTuple):
     most: int = _ANY
     "Rows, at most: of arrays that are kept in memory as a whole."
 
-    def refuse(self, layout: ArrayLayout) -> str | None:
+    def difference(self, layout: ArrayLayout) -> str | None:
         """How a layout differs, or None."""
         found = f"{layout.dtype.name} {list(layout.shape)}"
         if layout.dtype.name != self.dtype or layout.shape[1:] != self.row:

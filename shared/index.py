@@ -136,7 +136,7 @@ class IndexCollector:
         return SampleIndex(
             shards=tuple(self._shards),
             _keys=tuple(self._keys),
-            _first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            _first=np.cumulative_sum(counts, dtype=np.int64, include_initial=True),
             lengths=np.concatenate(none + self._lengths),
             images=np.concatenate(none + self._images),
             hashes=np.concatenate([np.zeros(0, dtype=np.int64), *self._hashes]),

@@ -10,18 +10,20 @@ Axes: B sample, N image, P patch, V vision token, C channel, T token.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from shared.checkpoint import ModelFolder
-from shared.console import progress
 from shared.errors import CheckpointError
+from shared.progress import progress
 from shared.readable import is_folder
 
 GRID = 12
@@ -183,13 +185,9 @@ class MobileVLM(nn.Module):
             splice(self.llm.get_input_embeddings(), ids, vision)
             for ids, vision in zip(prompts, vision_tokens, strict=True)
         ]
-        longest = max(len(embed) for embed in embeds)
-        padded = torch.stack(
-            [nn.functional.pad(embed, (0, 0, longest - len(embed), 0)) for embed in embeds]
-        )
-        mask = torch.zeros(padded.shape[:2], dtype=torch.long, device=padded.device)
-        for row, embed in enumerate(embeds):
-            mask[row, longest - len(embed) :] = 1
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        padded = pad(embeds)
+        mask = pad([embed.new_ones(len(embed), dtype=torch.long) for embed in embeds])
         end = int(self.config.published.get("eos_token_id", 2))
         out = self.llm.generate(
             inputs_embeds=padded, attention_mask=mask, do_sample=False, num_beams=1,
@@ -303,7 +301,7 @@ def load_state(
             )
     # A copy: what was read may be the file itself, mapped into memory.
     ours = {}
-    with progress(len(needed), "tensor", "load") as bar:
+    with progress("load", "tensor", total=len(needed)) as bar:
         for name in needed:
             ours[to_ours(name)] = state[name].to(dtype, copy=True)
             bar.update()

@@ -50,7 +50,7 @@ class RawChunks:
         return cls(size=size, blocks=blocks, around=len(framing) + CHECKSUM, framing=framing)
 
     def among(self, sizes: npt.NDArray[np.int64]) -> bytes:
-        """For each chunk of these sizes in the file, 1 if it can be such a one, else 0."""
+        """For each chunk 1 if its size in the file is that of raw blocks, else 0."""
         is_raw: npt.NDArray[np.bool_] = sizes == self.size + self.around
         return (is_raw & bool(self.blocks)).tobytes()
 

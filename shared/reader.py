@@ -130,7 +130,7 @@ class ShardReader:
             array = StoredArray.open(self._folder / name, text, sum(sizes))
         except (ValueError, RecursionError, OSError) as error:
             raise self.damaged(f"{name}: {_reason(error)}") from error
-        if name in self.expected and (differs := self.expected[name].refuse(array.layout)):
+        if name in self.expected and (differs := self.expected[name].difference(array.layout)):
             raise self.damaged(f"{name} {differs}")
         return array
 
@@ -138,7 +138,7 @@ class ShardReader:
         """The error that says so of this shard, and what to do.
 
         Args:
-            digests_fit: only who decodes the shard finds it, its files are what its record says.
+            digests_fit: the files match the record, so only `repair --decode` finds it.
         """
         command = "cache-tools repair --decode" if digests_fit else "cache-tools repair"
         return DamagedError(

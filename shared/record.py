@@ -160,7 +160,7 @@ class ShardRecord:
         return text
 
     @classmethod
-    def load(cls, path: Path, folder: int | None = None) -> "ShardRecord":
+    def load(cls, root: Path, name: str, folder: int | None = None) -> "ShardRecord":
         """Read and validate `CACHE/records/<shard>.json`.
 
         Args:
@@ -171,9 +171,10 @@ class ShardRecord:
             MismatchError: a record of another format.
             CacheError: it cannot be read.
         """
-        root = path.parents[1]
+        file = f"{RECORDS}/{name}.json"
+        path = root / file
         try:
-            content = read_inside(root, f"{RECORDS}/{path.name}", MAX_BYTES, folder)
+            content = read_inside(root, file, MAX_BYTES, folder)
         except OSError as error:
             raise CacheError(f"{path}: cannot be read ({error.strerror})") from error
         try:
@@ -187,7 +188,7 @@ class ShardRecord:
                 f"{path}: not a record of format {FORMAT} ({error}); "
                 f"cache-tools repair {root} removes it"
             ) from error
-        if record.name != path.stem:
+        if record.name != name:
             raise DamagedError(f"{path}: is the record of shard {record.name!r}")
         return record
 
@@ -261,7 +262,7 @@ def iter_records(root: Path) -> Iterator[ShardRecord]:
     try:
         with folder_inside(root, RECORDS) as folder:
             for name in names:
-                yield ShardRecord.load(root / RECORDS / f"{name}.json", folder)
+                yield ShardRecord.load(root, name, folder)
     except OSError as error:
         raise CacheError(f"{root}: cannot be read ({error.strerror})") from error
 
@@ -289,15 +290,14 @@ def compare(
     if found == expected:
         return {}
     unequal, accepted = [], {}
-    for path, ours, theirs in differences(found, expected):
+    for path, there, here in differences(found, expected):
         if any(path == one or path.startswith(f"{one}.") for one in accept):
-            accepted[path] = (ours, theirs)
+            accepted[path] = (there, here)
         else:
-            unequal.append((path, ours, theirs))
+            unequal.append((path, there, here))
     if unequal:
         text = "; ".join(
-            f"{path}: {shown(ours)} there, {shown(theirs)} here"
-            for path, ours, theirs in unequal[:3]
+            f"{path}: {shown(there)} there, {shown(here)} here" for path, there, here in unequal[:3]
         )
         more = f" (and {len(unequal) - 3} more)" if len(unequal) > 3 else ""
         raise MismatchError(f"{name} does not fit: {text}{more}. {advice}")
@@ -324,7 +324,7 @@ def spec_of(record: ShardRecord) -> CacheSpec:
     """
     try:
         return build(CacheSpec, record.identity["spec"], where=f"shard {record.name}: spec")
-    except (KeyError, ConfigError) as error:
+    except ConfigError as error:
         raise DamagedError(f"shard {record.name}: unreadable spec ({error})") from error
 
 

@@ -13,17 +13,17 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 import braceexpand
-from tqdm import tqdm
 
 from shared.bounds import MAX_SAMPLES, MAX_TEXT
 from shared.conversation import Conversation, parse_annotation
 from shared.errors import InputError, UnusableSample, printable
+from shared.progress import progress
 from shared.readable import is_file, is_folder
 
 log = logging.getLogger(__name__)
@@ -178,14 +178,31 @@ def _unread(error: Exception) -> str:
     return f"truncated or not a tar ({error}); fetch or pack it again"
 
 
-def index_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
+def index_tars(tars: Sequence[Path]) -> list[TarIndex]:
+    """Indexes of all tars.
+
+    Raises:
+        InputError: tars cannot be read, or one sample key stands in two tars.
+    """
+    indexes, broken = index_readable_tars(tars)
+    if broken:
+        raise InputError(f"{len(broken)} of {len(tars)} tars cannot be read: {first_of(broken)}")
+    return indexes
+
+
+def first_of(broken: Sequence[InputError]) -> str:
+    """What is wrong with the first tars that cannot be read."""
+    return "; ".join(map(str, broken[:3]))
+
+
+def index_readable_tars(tars: Sequence[Path]) -> tuple[list[TarIndex], list[InputError]]:
     """Indexes of the tars that can be read, and what is wrong with the others.
 
     Raises:
         InputError: one sample key stands in two tars.
     """
     indexes, broken = [], []
-    for tar in tqdm(tars, unit="tar", desc="index", delay=2):
+    for tar in progress("index", "tar", tars):
         try:
             indexes.append(index_tar(tar))
         except InputError as error:
@@ -262,17 +279,6 @@ def read_image(tar: Path, entry: SampleEntry) -> bytes | None:
             return _read(file.fileno(), entry.image)
     except OSError as error:
         raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
-
-
-def read_samples(
-    tar: TarIndex, entries: Iterable[SampleEntry] | None = None
-) -> Iterator[tuple[str, Sample | UnusableSample]]:
-    """(key, sample or the reason why not) for `entries`, by default all of the tar."""
-    for entry in tar.samples if entries is None else entries:
-        try:
-            yield entry.key, read_sample(tar.path, entry)
-        except UnusableSample as reason:
-            yield entry.key, reason
 
 
 class _Headers(io.BufferedReader):

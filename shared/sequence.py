@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from shared.mobilevlm import NUM_VISION
 from shared.prompt import IGNORE, IMAGE_TOKEN
@@ -75,16 +76,12 @@ def pad_sequences(
 ) -> SequenceBatch:
     """Expand and pad samples whose image is still the one token -200."""
     expanded = [_expand(ids, lab) for ids, lab in zip(input_ids, labels, strict=True)]
-    longest = max(len(ids) for ids, _, _ in expanded)
-    padded_ids = torch.zeros(len(expanded), longest, dtype=torch.long)
-    padded_labels = torch.full_like(padded_ids, IGNORE)
-    for row, (ids, lab, _) in enumerate(expanded):
-        padded_ids[row, : len(ids)] = torch.from_numpy(ids)
-        padded_labels[row, : len(lab)] = torch.from_numpy(lab)
+    all_ids = [torch.from_numpy(ids) for ids, _, _ in expanded]
+    all_labels = [torch.from_numpy(lab) for _, lab, _ in expanded]
     return SequenceBatch(
-        ids=padded_ids,
-        labels=padded_labels,
-        lengths=torch.tensor([len(ids) for ids, _, _ in expanded]),
+        ids=pad_sequence(all_ids, batch_first=True),
+        labels=pad_sequence(all_labels, batch_first=True, padding_value=IGNORE),
+        lengths=torch.tensor([len(ids) for ids in all_ids]),
         vision_start=torch.tensor([start for _, _, start in expanded]),
     )
 

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +96,12 @@ class CacheSpec:
             ConfigError: not readable, not YAML, or not a spec.
         """
         return cls.from_dict(read_yaml(path), where=str(path))
+
+    def exact(self) -> "CacheSpec":
+        """The same signals, as the teacher gives them."""
+        parts = {name: getattr(self, name) for name in self.encodings}
+        floats = {name: replace(part, encoding="float32") for name, part in parts.items()}
+        return replace(self, **floats)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as records hold them."""

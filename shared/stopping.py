@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+AGAIN = "run the same command again to continue"
+"What to do after a build was stopped."
 _TOGETHER = 5.0
 "Seconds in which signals are one request."
 

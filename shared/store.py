@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,11 @@ class ShardWriter:
     ) -> None:
         """Store one array; `axes` are words of the glossary."""
         put_array(self.group, name, values, axes, zstd_level=zstd_level)
+
+    def put_offsets(self, name: str, lengths: Sequence[int]) -> None:
+        """Store where parts of these lengths begin that lie one behind the other, and the end."""
+        offsets = np.cumulative_sum(lengths, dtype=np.int64, include_initial=True)
+        self.put(name, offsets, ("boundary",))
 
 
 @contextmanager
@@ -158,7 +163,7 @@ def _commit(root: Path, record: ShardRecord) -> ShardRecord:
     """Put the record in place, or take the one that another build put there meanwhile."""
     path = root / RECORDS / f"{record.name}.json"
     if path.exists():
-        there = ShardRecord.load(path)
+        there = ShardRecord.load(root, record.name)
         for what, found, ours in (
             ("", there.identity, record.identity), (": tar", vars(there.tar), vars(record.tar)),
         ):  # fmt: skip

@@ -70,7 +70,7 @@ class StoredArray:
     edges: npt.NDArray[np.int64]
     "Chunk c lies at bytes `[edges[c], edges[c + 1])`."
     _edges: "memoryview[int]" = field(init=False, repr=False)
-    "The same: one of them is had faster."
+    "The same: indexing a memoryview is faster than indexing an array."
     _raw: RawChunks = field(init=False, repr=False)
     "What a chunk looks like that zstd left as it is."
     _is_raw: bytes = field(init=False, repr=False)

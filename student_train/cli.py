@@ -10,13 +10,11 @@ from shared.console import (
     DATA,
     FILE,
     FOLDER,
-    IMPORTING,
     VISION_TOWER,
     Command,
-    announced,
     configure_logging,
-    is_main_process,
 )
+from shared.progress import IMPORTING, announced, is_main_process
 from shared.stopping import Stopped, stop_on_sigterm
 
 

@@ -149,7 +149,7 @@ class Recipe:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
 
-WATCHING = frozenset(
+MAY_CHANGE = frozenset(
     ("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_samples", "max_new_tokens",
      "workers", "micro_batch", "export_weights")
 )  # fmt: skip

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.console import progress
 from shared.conversation import Conversation
 from shared.errors import TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION, MobileVLM
+from shared.progress import progress
 from shared.prompt import IGNORE, Prompt, build_prompt, check_length, question_ids
 from shared.samples import Sample, SampleEntry, TarIndex, index_tars, read_sample
 from shared.sequence import pad_sequences
@@ -95,9 +95,7 @@ class HeldOutSet:
             InputError: a tar cannot be read.
             TrainingError: the tars hold no sample.
         """
-        indexes, broken = index_tars(tars)
-        if broken:
-            raise broken[0]
+        indexes = index_tars(tars)
         self._entries = [(index, entry) for index in indexes for entry in index.samples][:limit]
         if not self._entries:
             raise TrainingError(f"no sample in {len(tars)} held-out tars")
@@ -115,7 +113,7 @@ class HeldOutSet:
         model.eval()
         total = Scores()
         mine = self._entries[rank::world]
-        with progress(len(mine), "sample", "evaluate") as bar:
+        with progress("evaluate", "sample", total=len(mine)) as bar:
             for start in range(0, len(mine), _BATCH):
                 entries = mine[start : start + _BATCH]
                 samples = self._read(entries)

@@ -18,7 +18,6 @@ from pathlib import Path
 import click
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder
@@ -26,6 +25,7 @@ from shared.console import FOLDER, Command, configure_logging
 from shared.errors import CheckpointError
 from shared.images import ImageProcessor
 from shared.mobilevlm import keep_float32, load_model
+from shared.progress import progress
 from shared.readable import is_file
 from shared.samples import expand_tars
 from shared.tokenizer import load_tokenizer
@@ -160,7 +160,7 @@ def measure_student(pair: Pair, device: torch.device) -> StudentFidelity:
     )
     records: dict[str, _Record] = {}
     both = zip(ours, theirs, strict=True)
-    for micro, other_micro in tqdm(both, total=steps, unit="step", desc="student", delay=2):
+    for micro, other_micro in progress("student", "step", both, total=steps):
         _compare_step(pair, micro, other_micro, device, records)
     return StudentFidelity(
         student=pair.name,

@@ -9,9 +9,8 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +18,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from shared.console import announced
 from shared.errors import ConfigError, TrainingError
 from shared.mobilevlm import keep_float32
+from shared.progress import announced
 from shared.stopping import Stopped, StopRequest
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe
@@ -45,6 +44,18 @@ class Outcome:
     "Wall time of this process's share of them, evaluation left out."
     scores: Scores | None
     "Final evaluation."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0
+    "Steps that are done."
+    unlogged: Mapping[str, float] = field(default_factory=dict)
+    "Sums over the steps that no log line covers yet."
+    evaluation_due: bool = False
+    "Whether an evaluation of this step is still to be made."
 
 
 class StoppedRun(Stopped):
@@ -84,8 +95,8 @@ def train(
     with announced(f"moving the student to {accelerator.device}"):
         module, optimizer = accelerator.prepare(student, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    progress = _resume(accelerator, checkpoint)
-    first_step = progress["step"]
+    state = _resume(accelerator, checkpoint)
+    first_step = state.step
     batches = micro_batches(
         training_set, first_step=first_step, last_step=last_step,
         rank=accelerator.process_index, world=accelerator.num_processes,
@@ -95,11 +106,11 @@ def train(
     scores = None
     watch = Watch(
         run, main=accelerator.is_main_process, every=recipe.log_every, first=first_step,
-        last=last_step, unlogged=progress["unlogged"],
+        last=last_step, unlogged=state.unlogged,
     )  # fmt: skip
     stop.is_watched = True
     with watch:
-        if held_out is not None and progress.get("evaluation_due"):
+        if held_out is not None and state.evaluation_due:
             _evaluate(first_step, student, held_out, accelerator, watch)
         for step, micro in enumerate(batches, start=first_step + 1):
             try:
@@ -124,16 +135,15 @@ def train(
             if held_out is not None and is_due and not is_stopped:
                 _evaluate(step, student, held_out, accelerator, watch)
             if step % recipe.save_every == 0 or step == last_step or is_stopped:
-                progress = {
-                    "step": step, "unlogged": watch.unlogged,
-                    "evaluation_due": is_due and is_stopped,
-                }  # fmt: skip
-                save_checkpoint(run, accelerator, progress, recipe.keep_checkpoints)
+                state = RunState(
+                    step=step, unlogged=watch.unlogged, evaluation_due=is_due and is_stopped
+                )
+                save_checkpoint(run, accelerator, state, recipe.keep_checkpoints)
             if is_stopped:
                 break
         if _is_asked(stop, accelerator):  # perhaps while the last checkpoint was written
             accelerator.end_training()
-            raise StoppedRun(progress["step"], last_step)
+            raise StoppedRun(state.step, last_step)
         stop.is_watched = False
         if held_out is not None:  # behind the checkpoint: if this fails, the training is not lost
             scores = _evaluate(last_step, student, held_out, accelerator, watch)
@@ -215,23 +225,19 @@ def warmup_cosine(warmup: float, last_step: int) -> Callable[[int], float]:
     return share
 
 
-def save_checkpoint(
-    run: RunFolder, accelerator: Accelerator, progress: Mapping[str, Any], keep: int
-) -> None:
+def save_checkpoint(run: RunFolder, accelerator: Accelerator, state: RunState, keep: int) -> None:
     """Write everything that a resumed run needs, then give it its name.
 
     Args:
-        progress: `step`, and what the log has not written yet.
         keep: checkpoints that stay.
     """
-    step = int(progress["step"])
-    partial = run.checkpoint_path(step).with_suffix(".partial")
+    partial = run.checkpoint_path(state.step).with_suffix(".partial")
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
-        (partial / "progress.json").write_text(json.dumps(progress))
+        (partial / "progress.json").write_text(json.dumps(asdict(state)))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        run.commit_checkpoint(partial, step, keep)
+        run.commit_checkpoint(partial, state.step, keep)
     accelerator.wait_for_everyone()
 
 
@@ -242,13 +248,13 @@ def _is_asked(stop: StopRequest, accelerator: Accelerator) -> bool:
     return bool(accelerator.check_trigger())
 
 
-def _resume(accelerator: Accelerator, checkpoint: Path | None) -> dict[str, Any]:
+def _resume(accelerator: Accelerator, checkpoint: Path | None) -> RunState:
     if checkpoint is None:
-        return {"step": 0, "unlogged": {}}
+        return RunState()
     with announced(f"reading {checkpoint}"):
         accelerator.load_state(str(checkpoint))
     log.info("resumed from=%s", checkpoint.name)
-    return dict(json.loads((checkpoint / "progress.json").read_bytes()))
+    return RunState(**json.loads((checkpoint / "progress.json").read_bytes()))
 
 
 def _gradients(
@@ -259,18 +265,17 @@ def _gradients(
 ) -> dict[str, float]:
     """Add up gradients of one global batch; the value of each term over all of it, and `loss`."""
     counts = sum((student.counts(batch) for batch in micro), torch.zeros(len(TERMS)))
-    counts = accelerator.reduce(counts.to(accelerator.device, torch.float32), "sum").clamp(min=1)
+    counts = accelerator.reduce(counts.to(accelerator.device), "sum").clamp(min=1)
     scale = torch.tensor(student.weights(), device=counts.device) / counts
     totals = torch.zeros(len(TERMS), device=accelerator.device)
     for number, batch in enumerate(micro):
         last = number == len(micro) - 1
         with nullcontext() if last else accelerator.no_sync(module):
             terms = module(batch.to(accelerator.device))
-            parts = {name: terms[name] for name in TERMS if name in terms}
-            loss = torch.stack([parts[name] * scale[TERMS.index(name)] for name in parts]).sum()
+            loss = torch.stack([terms[name] * scale[TERMS.index(name)] for name in terms]).sum()
             # Data-parallel wrappers average over processes; a share of one sum must be added.
             accelerator.backward(loss * accelerator.num_processes)
-        for name, value in parts.items():
+        for name, value in terms.items():
             totals[TERMS.index(name)] += value.detach()
     totals = accelerator.reduce(totals, "sum")
     means = dict(zip(TERMS, (totals / counts).tolist(), strict=True))

@@ -27,7 +27,7 @@ from shared.mobilevlm import MobileVLM
 from shared.readable import is_file
 from shared.record import differences
 from shared.store import put_file
-from student_train.config import WATCHING
+from student_train.config import MAY_CHANGE
 from student_train.student import Adapters
 
 _RECORDED = ("code", "adapters")
@@ -75,7 +75,7 @@ class RunFolder:
         changed = [
             f"{name} was {old!r} and is {new!r} now"
             for name, old, new in differences(_read_settings(self._settings), settings)
-            if name.removeprefix("recipe.") not in WATCHING
+            if name.removeprefix("recipe.") not in MAY_CHANGE
             and name.partition(".")[0] not in _RECORDED
         ]
         if changed:

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder, weights_digest
-from shared.console import announced
 from shared.errors import ConfigError
 from shared.images import ImageProcessor
 from shared.mobilevlm import NUM_VISION, MobileVLM, load_model
+from shared.progress import announced
 from shared.record import compare
 from shared.samples import expand_tars
 from shared.spec import canonical_digest

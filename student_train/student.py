@@ -88,7 +88,8 @@ class AlignedStudent(nn.Module):
         self.model = model
         self.loss = loss
         self.train_tower = train_tower
-        self.layer_map = check_loss(loss, spec, model) if spec is not None else {}
+        self.model.tower.requires_grad_(train_tower)
+        self.layer_map = layer_map_in_force(loss, spec, model) if spec is not None else {}
         self._encodings = spec.encodings if spec is not None else {}
         llama = model.llm.config
         self.adapters = (
@@ -96,19 +97,14 @@ class AlignedStudent(nn.Module):
             if teacher is not None
             else None
         )
-        self.freeze()
-
-    def freeze(self) -> None:
-        """Leave the tower (and adapters of weight 0) out of training."""
-        self.model.tower.requires_grad_(self.train_tower)
         if self.adapters is not None:
-            self.adapters.vision.requires_grad_(self.loss.vision > 0)
+            self.adapters.vision.requires_grad_(loss.vision > 0)
 
     def counts(self, batch: TrainingBatch) -> Tensor:
-        """What each of TERMS is a sum over, [5] float64: response positions or samples."""
+        """What each of TERMS is a sum over, [5] float32: response positions or samples."""
         positions = int(batch.sequences.response_mask.sum())
         images = int(batch.sequences.with_image.sum())
-        return torch.tensor([positions, positions, images, images, images], dtype=torch.float64)
+        return torch.tensor([positions, positions, images, images, images], dtype=torch.float32)
 
     def weights(self) -> tuple[float, ...]:
         """Weight of each of TERMS; 0 for terms that are not computed."""
@@ -206,8 +202,8 @@ class AlignedStudent(nn.Module):
         return terms
 
 
-def check_loss(loss: LossConfig, spec: CacheSpec, model: MobileVLM) -> dict[int, int]:
-    """The layer map in force.
+def layer_map_in_force(loss: LossConfig, spec: CacheSpec, model: MobileVLM) -> dict[int, int]:
+    """Teacher layer -> student layer whose attention is compared; empty if none is.
 
     Raises:
         ConfigError: the loss asks for what the cache or the student does not have.

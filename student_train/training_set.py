@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from shared.cache import EncodedBatch, Signal
 from shared.errors import MismatchError, TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
+from shared.progress import progress
 from shared.prompt import IMAGE_TOKEN, Prompt, build_prompt, check_length
 from shared.record import Skipped
 from shared.samples import SampleEntry, TarIndex, index_tars, read_image, read_sample
@@ -88,7 +88,7 @@ class TrainingSet(Dataset[list[int]]):
         # canonical_digest of {key: length}, without that text in memory: keys are in order.
         digest, before = hashlib.sha256(b"{"), ""
         each = zip(self.entries, self.lengths.tolist(), strict=True)
-        for (_, entry), length in tqdm(each, total=len(self), desc="identify samples", delay=2):
+        for (_, entry), length in progress("identify samples", "sample", each, total=len(self)):
             digest.update(f"{before}{json.dumps(entry.key)}:{length}".encode())
             before = ","
         digest.update(b"}")
@@ -195,12 +195,10 @@ def load_training_set(
     Without one, every sample's text is read once to find its length and whether it can be used.
 
     Raises:
-        InputError: a tar cannot be read.
+        InputError: tars cannot be read.
         TrainingError: the source knows none of the samples, or none can be used.
     """
-    indexes, broken = index_tars(tars)
-    if broken:
-        raise broken[0]
+    indexes = index_tars(tars)
     skipped = [Skipped(key=key, reason=why) for i in indexes for key, why in i.skipped.items()]
     where = {entry.key: (index.path, entry) for index in indexes for entry in index.samples}
     if source is None:
@@ -229,7 +227,7 @@ def _measure(
     lengths: dict[str, int] = {}
     skipped: list[Skipped] = []
     everything = [(index.path, entry) for index in indexes for entry in index.samples]
-    for tar, entry in tqdm(everything, unit="sample", desc="read texts", delay=2):
+    for tar, entry in progress("read texts", "sample", everything):
         try:
             sample = read_sample(tar, entry)
             prompt = build_prompt(sample.conversation, recipe.template, tokenizer)
@@ -253,11 +251,12 @@ def _fitting(lengths: Mapping[str, int], recipe: Recipe) -> tuple[dict[str, int]
 def _match(where: Mapping[str, object], source: TeacherSource) -> dict[str, int]:
     """Lengths of the samples that are in the tars and in the cache."""
     known = source.keys()
-    each = tqdm(
-        zip(known, source.lengths.tolist(), strict=True), total=len(known), unit="sample",
-        desc="match samples", delay=2,
-    )  # fmt: skip
-    lengths = {key: length for key, length in each if key in where}
+    each = zip(known, source.lengths.tolist(), strict=True)
+    lengths = {
+        key: length
+        for key, length in progress("match samples", "sample", each, total=len(known))
+        if key in where
+    }
     if known and not lengths:
         raise TrainingError(
             f"none of the cache's {len(known)} samples is in --data (the first: {known[0]!r}); "

@@ -211,7 +211,7 @@ def _without_override() -> Iterator[None]:
 
 def record(out: Path, shard: str) -> ShardRecord:
     """A shard's record."""
-    return ShardRecord.load(out / "records" / f"{shard}.json")
+    return ShardRecord.load(out, shard)
 
 
 def edit_record(out: Path, shard: str, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -29,7 +29,7 @@ from shared.checkpoint import ModelFolder
 from shared.console import bytes_text
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import GRID, MobileVLM, load_model
-from shared.samples import Sample, expand_tars, index_tar, read_samples
+from shared.samples import Sample, expand_tars, index_tar, read_sample
 from shared.sequence import pad_sequences
 from shared.tokenizer import load_tokenizer
 from student_train.evaluate import HeldOutSample, HeldOutSet
@@ -91,12 +91,11 @@ def held_out(tars: str) -> HeldOutSet:
 
 def draw_examples(tars: str, folders: dict[str, Path]) -> None:
     """One picture per example: who looks where, and what each answers."""
-    samples = [s for tar in expand_tars([tars]) for _, s in read_samples(index_tar(tar))]
+    entries = [(tar, entry) for tar in expand_tars([tars]) for entry in index_tar(tar).samples]
     models = {who: load_model(ModelFolder(str(f))).eval() for who, f in folders.items()}
     (OUT / "pictures").mkdir()
     for number in PICTURES:
-        sample = samples[number]
-        assert isinstance(sample, Sample)
+        sample = read_sample(*entries[number])
         assert sample.image is not None
         question, answer = (turn.text for turn in sample.conversation.turns)
         draw(

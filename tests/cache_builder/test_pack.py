@@ -11,7 +11,7 @@ import pytest
 from cache_builder.cli import cache_tools
 from cache_builder.pack import pack
 from shared.cache import open_cache
-from shared.samples import index_tar, read_samples
+from shared.samples import index_tar, read_sample
 from tests.support import ALIGN_ONLY, annotation, build, denied, error_line, invoke, png
 
 
@@ -89,11 +89,11 @@ def test_what_was_packed_reads_back(tmp_path: Path, images: Path) -> None:
     pack(write(tmp_path, ENTRIES), images, tmp_path / "out", samples_per_tar=99, prefix="s")
     (tar,) = tars(tmp_path / "out")
 
-    found = dict(read_samples(index_tar(tar)))
+    found = {entry.key: read_sample(tar, entry) for entry in index_tar(tar).samples}
 
     assert set(found) == {entry["id"] for entry in ENTRIES}
-    assert getattr(found["c0"], "image") == (images / "more" / "c.png").read_bytes()  # noqa: B009
-    assert getattr(found["t0"], "image") is None  # noqa: B009
+    assert found["c0"].image == (images / "more" / "c.png").read_bytes()
+    assert found["t0"].image is None
 
 
 def test_every_input_sample_is_packed_so_that_the_build_can_list_what_it_skips(

@@ -90,7 +90,7 @@ def write_part(path: Path, name: str, tensor: Tensor) -> None:
         save_file({name: tensor}, path)
 
 
-def with_tower_names(
+def needed_of(
     wanted: Mapping[str, Any],
 ) -> set[str]:
     return needed_tensors(
@@ -107,19 +107,19 @@ def test_align_only_needs_the_tower_the_projector_and_one_layers_queries_and_key
     one_layer = decoder_names(0, "input_layernorm.", "self_attn.q_proj.", "self_attn.k_proj.")
     assert len(one_layer) == 3
 
-    found = with_tower_names(ALIGN_ONLY)
+    found = needed_of(ALIGN_ONLY)
 
     assert found == tower_names() | PROJECTOR | {EMBEDDING} | one_layer
 
 
 def test_vision_tokens_alone_need_no_decoder() -> None:
-    found = with_tower_names(spec(vision_tokens={"encoding": "float32"}).to_dict())
+    found = needed_of(spec(vision_tokens={"encoding": "float32"}).to_dict())
 
     assert found == tower_names() | PROJECTOR
 
 
 def test_a_deeper_layer_needs_whole_layers_before_it() -> None:
-    found = with_tower_names(spec(attention=attention(0, 2)).to_dict())
+    found = needed_of(spec(attention=attention(0, 2)).to_dict())
 
     last = decoder_names(2, "input_layernorm.", "self_attn.q_proj.", "self_attn.k_proj.")
     whole = decoder_names(0) | decoder_names(1)
@@ -127,7 +127,7 @@ def test_a_deeper_layer_needs_whole_layers_before_it() -> None:
 
 
 def test_log_probabilities_need_the_whole_decoder_but_not_the_towers_last_layer() -> None:
-    found = with_tower_names(spec(logprobs=LOGPROBS).to_dict())
+    found = needed_of(spec(logprobs=LOGPROBS).to_dict())
 
     decoder = {name for name in teacher_tensors() if not name.startswith((TOWER, *PROJECTOR))}
     assert "lm_head.weight" in decoder
@@ -143,7 +143,7 @@ def test_log_probabilities_need_the_whole_decoder_but_not_the_towers_last_layer(
 def test_with_every_file_deleted_that_is_not_needed_the_bytes_are_the_same(
     tmp_path: Path, tar: Path, form: str, wanted: Mapping[str, Any]
 ) -> None:
-    needed = with_tower_names(wanted)
+    needed = needed_of(wanted)
     teacher = scatter(tmp_path / "teacher", form, keep=lambda name: name in needed)
     assert len(list(teacher.glob("part-*"))) == len(needed) < len(teacher_tensors())
 
@@ -155,7 +155,7 @@ def test_with_every_file_deleted_that_is_not_needed_the_bytes_are_the_same(
 
 
 def test_a_file_that_is_needed_cannot_be_missing(tmp_path: Path, tar: Path) -> None:
-    needed = with_tower_names(ALIGN_ONLY)
+    needed = needed_of(ALIGN_ONLY)
     lost = "model.layers.0.self_attn.k_proj.weight"
     teacher = scatter(tmp_path / "t", "safetensors", lambda name: name in needed - {lost})
 

@@ -39,7 +39,7 @@ def load(tmp_path: Path, content: str, name: str = "ref-000000") -> ShardRecord:
     path = tmp_path / "records" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
-    return ShardRecord.load(path)
+    return ShardRecord.load(tmp_path, name)
 
 
 def test_a_record_survives_its_file(tmp_path: Path, cache_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_any_flipped_bit_of_a_record_is_found(tmp_path: Path, cache_path: Path) 
         path.write_bytes(flipped)
 
         with pytest.raises(DamagedError, match="not a record"):
-            ShardRecord.load(path)
+            ShardRecord.load(tmp_path, "ref-000000")
 
 
 def test_white_space_in_a_record_counts_too(tmp_path: Path, cache_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_large_record_is_refused_unread(tmp_path: Path) -> None:
         file.truncate(MAX_BYTES + 1)
 
     with pytest.raises(DamagedError, match=f"is {MAX_BYTES + 1} bytes, expected at most"):
-        ShardRecord.load(path)
+        ShardRecord.load(tmp_path, "a")
 
 
 def test_a_record_that_no_reader_would_take_is_not_written(cache_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InputError, UnusableSample
-from shared.samples import expand_tars, index_tar, read_sample, read_samples, tar_sha256
+from shared.samples import expand_tars, index_tar, read_sample, tar_sha256
 from tests.support import annotation, png, sample, text_sample, write_tar
 
 
@@ -53,12 +53,13 @@ def test_a_tar_made_by_gnu_tar_reads_the_same(tmp_path: Path) -> None:
     index = index_tar(tmp_path / "t.tar")
 
     assert [entry.key for entry in index.samples] == ["./a", "./b"]
-    assert all(not isinstance(found, UnusableSample) for _, found in read_samples(index))
+    for entry in index.samples:
+        read_sample(index.path, entry)
 
 
 def test_equal_images_have_equal_digests_whatever_their_samples(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "t.tar", sample("a"), sample("b"), sample("c", image=png(9)))
-    digests = [found.image_digest for _, found in read_samples(index_tar(tar))]  # type: ignore[union-attr]
+    digests = [read_sample(tar, entry).image_digest for entry in index_tar(tar).samples]
 
     assert digests[0] == digests[1] != digests[2]
 
@@ -226,11 +227,12 @@ def test_json_that_would_hurt_is_a_short_printable_reason(
 ) -> None:
     index = index_tar(write_tar(tmp_path / "t.tar", sample("a", note)))
 
-    ((_, found),) = read_samples(index)
+    with pytest.raises(UnusableSample) as found:
+        read_sample(index.path, index.samples[0])
 
-    assert str(found).startswith(reason)
-    assert str(found).isprintable()
-    assert len(str(found)) <= 300
+    assert str(found.value).startswith(reason)
+    assert str(found.value).isprintable()
+    assert len(str(found.value)) <= 300
 
 
 def test_a_tar_of_more_samples_than_a_record_holds_is_refused_before_anything_is_built(

@@ -4,16 +4,16 @@ import time
 
 import pytest
 
-from shared import console
+from shared import progress
 
 
 def test_work_that_takes_long_is_named_while_it_lasts(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "_PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
     said = ""
 
-    with console.announced("reading tea leaves"):
+    with progress.announced("reading tea leaves"):
         while not said:
             time.sleep(0.01)
             said = capfd.readouterr().err
@@ -26,9 +26,9 @@ def test_short_work_and_other_processes_of_a_run_say_nothing(
     rank: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(console, "_PATIENCE", 0.05 if rank == "1" else 3600.0)
+    monkeypatch.setattr(progress, "_PATIENCE", 0.05 if rank == "1" else 3600.0)
 
-    with console.announced("reading tea leaves"):
+    with progress.announced("reading tea leaves"):
         time.sleep(0.2)
 
     assert not capfd.readouterr().err

@@ -53,7 +53,7 @@ commit-proofs: .venv/.dev
 	$(BIN)/python -m benchmarks.identity
 
 clean:
-	rm -rf .venv demo-run
+	rm -rf .venv demo-run teacher-run seeds-run fidelity-run
 
 .venv/.dev .venv/.demo: .venv/.%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is needed, this is {sys.version}")'

@@ -135,8 +135,8 @@ def build_cache(
         run.build(pending)
     if broken and not stop.requested:
         raise InputError(
-            f"{len(broken)} of {len(tars)} tars could not be read, the others are built: "
-            f"{first_of(broken)}"
+            f"{len(broken)} of {len(tars)} tars could not be read"
+            f"{', the others are built' if indexes else ''}: {first_of(broken)}"
         )
     return BuildReport(
         built=run.built,
@@ -237,8 +237,9 @@ class _Run:
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{tar.index.path}: batches of {self.builder.batch_size} need more memory than "
-                f"{self.builder.teacher.device} has; what is committed stays, run the same command "
-                "again with a smaller --batch-size"
+                f"{self.builder.teacher.device} has; what is committed stays, go on with "
+                "build-cache and a smaller --batch-size, or pack tars of fewer samples: vision "
+                "tokens of a tar's images stay there as long as conversations want them"
             ) from error
         for sample in features.skipped:
             log.warning("shard=%s skipped=%s reason=%s", tar.index.name, sample.key, sample.reason)

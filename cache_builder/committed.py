@@ -6,7 +6,7 @@ from typing import Any
 
 from shared.record import ShardRecord, compare, record_names
 
-ADVICE = "Build into another folder, or use what this cache was built with."
+_ADVICE = "Build into another folder, or use what this cache was built with."
 
 
 class Committed:
@@ -37,7 +37,7 @@ class Committed:
             if name not in self.records:
                 record = ShardRecord.load(self._root, name)
                 compare(
-                    f"{self._root}: shard {name}", record.identity, self._identity, ADVICE,
+                    f"{self._root}: shard {name}", record.identity, self._identity, _ADVICE,
                     accept=self._unknown,
                 )  # fmt: skip
                 self.records[name] = record

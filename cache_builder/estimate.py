@@ -1,7 +1,8 @@
 """What a build would do and how large it would be, from the teacher's config and the tars.
 
 No weights are read: `build-cache --dry-run` works with a folder that holds only a config and a
-tokenizer. Bytes are before lossless compression, so they are an upper estimate.
+tokenizer. Bytes are before lossless compression, so they are an upper
+estimate of all but the metadata, which counts in caches of a few samples.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,13 +16,15 @@ from tqdm import tqdm
 from cache_builder.committed import Committed
 from cache_builder.prepare import PreparedSample, prepare
 from cache_builder.probe import choose
+from cache_builder.setup import load_teacher_tokenizer
 from cache_builder.tars import find_pending
-from cache_builder.teacher import config_digest, teacher_facts
+from cache_builder.teacher import check_spec, config_digest, teacher_facts
+from shared.checkpoint import ModelFolder
 from shared.encodings import ENCODINGS, id_dtype
 from shared.images import ImageProcessor
-from shared.mobilevlm import NUM_VISION, VLMConfig
-from shared.record import Skipped, record_names
-from shared.samples import TarIndex
+from shared.mobilevlm import NUM_VISION, VLMConfig, read_config
+from shared.record import Skipped, record_names, shard_name
+from shared.samples import TarIndex, index_tars
 from shared.spec import CacheSpec
 from shared.tokenizer import Tokenizer, tokenizer_identity
 
@@ -52,8 +55,10 @@ class SignalSize:
 class Estimate:
     """What a build would do."""
 
+    tars: int
+    "Tars whose shard is still to be built."
     samples: int
-    "Samples in the tars."
+    "Samples in them."
     examined: int
     "Samples that were tokenised for the estimate."
     skipped: tuple[Skipped, ...]
@@ -67,7 +72,37 @@ class Estimate:
         return sum(signal.size for signal in self.signals)
 
 
-def find_left(
+def estimate(
+    spec: CacheSpec,
+    teacher: str,
+    vision_tower: str | None,
+    tars: Sequence[Path],
+    out: Path,
+    dtype: str | None,
+) -> Estimate:
+    """What `build-cache` would do with the same arguments.
+
+    Args:
+        dtype: the teacher's number format; None where the device is to decide.
+
+    Raises:
+        CheckpointError: the teacher's config or tokenizer cannot be used.
+        ConfigError: the spec asks for what the teacher does not have.
+        InputError: a tar cannot be read, or no shard may be called like it.
+        CacheError: `out` holds shards of something else, or a damaged record.
+    """
+    folder = ModelFolder(teacher)
+    config = read_config(folder, vision_tower)
+    check_spec(spec, config)
+    for tar in tars:
+        shard_name(tar)
+    indexes = index_tars(tars)
+    tokenizer = load_teacher_tokenizer(folder, config)
+    left = _find_left(indexes, out, spec, config, tokenizer, dtype)
+    return _estimate(left, spec, config, tokenizer)
+
+
+def _find_left(
     tars: Sequence[TarIndex],
     out: Path,
     spec: CacheSpec,
@@ -77,9 +112,6 @@ def find_left(
 ) -> list[TarIndex]:
     """Tars whose shard `out` lacks; what is there must be of this build, as far as that is known
     without reading weights or whole tars.
-
-    Args:
-        dtype: the teacher's number format; None where the device is to decide.
 
     Raises:
         MismatchError: `out` holds shards of another spec, teacher, tokenizer or tar.
@@ -99,7 +131,7 @@ def find_left(
     return find_pending(Committed(out, identity, unknown).records, tars, out, by_headers=True)
 
 
-def estimate(
+def _estimate(
     tars: Sequence[TarIndex], spec: CacheSpec, config: VLMConfig, tokenizer: Tokenizer
 ) -> Estimate:
     """Sizes by signal, from some 2000 samples spread over the tars, one of each at least."""
@@ -120,6 +152,7 @@ def estimate(
     examined = len(usable) + len(skipped)
     scale = total / max(1, examined)
     return Estimate(
+        tars=len(tars),
         samples=total,
         examined=examined,
         skipped=tuple(skipped),

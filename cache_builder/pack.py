@@ -37,7 +37,7 @@ class PackReport:
 
 
 def pack(
-    annotations: Path, images: Path, out: Path, *, samples_per_tar: int, prefix: str
+    annotations: Path, images: Path | None, out: Path, *, samples_per_tar: int, prefix: str
 ) -> PackReport:
     """Write `out/<prefix>-000000.tar`, ....
 
@@ -135,7 +135,7 @@ def _distinct(keys: Sequence[str]) -> list[str]:
     return distinct
 
 
-def _find_images(entries: Sequence[Mapping[str, Any]], images: Path) -> list[Path | None]:
+def _find_images(entries: Sequence[Mapping[str, Any]], images: Path | None) -> list[Path | None]:
     paths, missing = list[Path | None](), list[str]()
     for entry in tqdm(entries, unit="sample", desc="find images", delay=2):
         path = _image_path(entry, images)
@@ -152,7 +152,7 @@ def _find_images(entries: Sequence[Mapping[str, Any]], images: Path) -> list[Pat
     return paths
 
 
-def _image_path(entry: Mapping[str, Any], images: Path) -> Path | None:
+def _image_path(entry: Mapping[str, Any], images: Path | None) -> Path | None:
     name = entry.get("image")
     if not name:
         return None
@@ -164,6 +164,8 @@ def _image_path(entry: Mapping[str, Any], images: Path) -> Path | None:
         raise InputError(
             f"sample {entry['id']!r}: image {name!r} is none of {', '.join(IMAGE_SUFFIXES)}"
         )
+    if images is None:
+        raise InputError(f"sample {entry['id']!r}: names image {name!r}; give its folder, --images")
     return images / name
 
 

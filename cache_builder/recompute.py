@@ -33,7 +33,7 @@ from shared.strict import shown
 
 Values = Float[np.ndarray, "..."]
 
-NOISE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+NOISE = {"float64": 1e-3, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """Teacher's dtype -> how far off a value may be, as a share of the largest of its array.
 Another batch size alone moves them by up to 6e-6, 3e-3, 3e-2 on a small teacher on a CPU
 (`benchmarks/probe.py`). The rest is room for other kernels, TF32 (2^-11 a product) among them, and

@@ -14,8 +14,8 @@ from shared.spec import CacheSpec
 from shared.strict import shown
 from shared.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
-DTYPES = ("float32", "bfloat16", "float16")
-"Number formats of a teacher."
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+"Number formats that a teacher can run in."
 
 
 def load_builder(
@@ -105,7 +105,10 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"--device {name}: {str(error).splitlines()[0][:200]}; expected cpu, cuda or cuda:N, "
+            "and for those a CUDA build of torch"
+        ) from error
     if device.type == "meta":
         raise ConfigError(f"--device {name}: holds no values")
     return device

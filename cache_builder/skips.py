@@ -95,8 +95,9 @@ class SkipBudget:
             raise InputError(
                 f"{len(skipped)} of {self.samples} samples cannot be used so far, --max-skipped "
                 f"{self.limit.text} allows {allowed}: {'; '.join(frequent_reasons(skipped))}. "
-                "Mend the data or raise --max-skipped and run the same command again: the shards "
-                "that are built stay"
+                "The shards that are built stay: go on with a larger --max-skipped, or correct "
+                "these samples where they stand (a sample taken out of the JSON moves all that "
+                "follow it to other places, and other tars need other shards)"
             )
 
 

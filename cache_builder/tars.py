@@ -6,9 +6,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cache_builder.committed import ADVICE
 from shared.record import ShardRecord, TarFacts, compare
 from shared.samples import TarIndex, refuse_repeated_keys, tar_sha256
+
+_ADVICE = (
+    "Name the tar that the shard was built from. Another data set needs tars of other names "
+    "(cache-tools pack --prefix), or a cache of its own."
+)
 
 
 def find_pending(
@@ -27,7 +31,7 @@ def find_pending(
         MismatchError: names both values.
         InputError: a pending tar holds a sample that a shard of another tar holds already.
     """
-    refuse_other_tars(records, indexes, out, ADVICE, by_headers=by_headers)
+    refuse_other_tars(records, indexes, out, _ADVICE, by_headers=by_headers)
     pending = [index for index in indexes if index.name not in records]
     stored = {key: record.tar.name for record in records.values() for key in record.keys}
     refuse_repeated_keys(pending, stored)

@@ -69,7 +69,8 @@ class Teacher:
 
         Raises:
             CheckpointError: config or tensors are missing or do not fit.
-            ConfigError: the spec asks for a layer or a k that the teacher does not have.
+            ConfigError: the spec asks for a layer or a k that the teacher does not have, or the
+                device has too little memory.
         """
         self.config = read_config(folder, vision_tower)
         check_spec(spec, self.config)
@@ -83,8 +84,14 @@ class Teacher:
         self.weights_sha256 = weights_digest(state)
         "Over the tensors that are used."
         _drop_unloaded(self._model)
-        with announced(f"moving the teacher to {device}"):
-            self._model.to(device).eval().requires_grad_(False)
+        try:
+            with announced(f"moving the teacher to {device}"):
+                self._model.to(device).eval().requires_grad_(False)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{folder.name}: needs more memory than {device} has; a spec without logprobs "
+                "(align-only) loads a small part of it"
+            ) from error
 
     @property
     def device(self) -> torch.device:

@@ -272,7 +272,7 @@ def _verdict(cache: Path, report: "Report") -> str:
     if off:
         parts.append(
             f"{len(off)} shards hold other values than this teacher gives: {_first_five(off)}; "
-            "delete their records and build them again"
+            f"delete {cache}/records/<shard>.json of each and run build-cache on its tar"
         )
     return f"{cache}: {'; '.join(parts)}"
 

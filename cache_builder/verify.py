@@ -1,6 +1,5 @@
 """Comparing a cache with what its records say of it: every file, and on request every value."""
 
-import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from shared.inside import Entry, open_inside, walk_inside
 from shared.plan import PLANS, plan_files, read_plan
 from shared.probe import compare_image, read_probe
 from shared.progress import IMPORTING, announced
+from shared.readable import sha256_of
 from shared.reader import ShardReader
 from shared.record import ShardRecord, differences, no_cache, record_names
 from shared.strict import shown
@@ -240,7 +240,8 @@ def _check_file(
     if there.size != stored.size:
         return f"is {there.size} bytes, expected {stored.size}"
     try:
-        found = _sha256(root, f"{record.data}/{file}", advance)
+        with os.fdopen(open_inside(root, f"{record.data}/{file}"), "rb", buffering=0) as opened:
+            found = sha256_of(opened, advance)
     except FileNotFoundError:
         return f"vanished, expected {stored.size} bytes"
     except DamagedError as error:
@@ -248,16 +249,6 @@ def _check_file(
     if found != stored.sha256:
         return f"has sha256 {found[:12]}, expected {stored.sha256[:12]}"
     return None
-
-
-def _sha256(root: Path, path: str, advance: Advance) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(2**20)
-    view = memoryview(buffer)
-    with os.fdopen(open_inside(root, path), "rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(view[:size])
-            advance(size)
-    return digest.hexdigest()
 
 
 def _opens(records: Mapping[str, ShardRecord], problems: Sequence[Problem]) -> bool:

@@ -12,9 +12,20 @@ from typing import Any
 import click
 
 from shared.errors import ProjectError, printable
+from shared.readable import NO_URLS, is_url
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
+
+class _LocalPath(click.Path):
+    """A path; a URL would be one too, of a folder `http:`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if is_url(str(value)):
+            self.fail(f"{value!r} {NO_URLS}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = _LocalPath(path_type=Path, file_okay=False)
+FILE = _LocalPath(path_type=Path, dir_okay=False)
 # Options that several commands have.
 VISION_TOWER = click.option(
     "--vision-tower", help="CLIP folder or hub id.  [default: the model's config says]"

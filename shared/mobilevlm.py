@@ -236,8 +236,11 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
 
 
 def keep_float32() -> None:
-    """Convolutions of float32 models in float32: on a GPU cuDNN rounds to 10 bits otherwise."""
+    """Float32 models in float32: on a GPU, convolutions are rounded to 10 bits by default, and
+    matrix products where an environment variable says so.
+    """
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def load_model(folder: ModelFolder, vision_tower: str | None = None) -> MobileVLM:

@@ -1,13 +1,44 @@
-"""Looking at what may not be looked at: our own error that names the file, not a traceback.
+"""Looking at files: our own error that names one that may not be read, not a traceback.
 
 `Path.is_file` raises for a file in a folder that may not be searched (from Python 3.14 on it says
 no), and libraries give reasons of their own for a file that may not be read.
 """
 
+import hashlib
+import re
 import stat
+from collections.abc import Callable
+from io import RawIOBase
 from pathlib import Path
 
 from shared.errors import ProjectError
+
+NO_URLS = (
+    "is a URL: only file systems are read and written. Download it (rclone, rsync, wget) or mount "
+    "it, and name the folder"
+)
+
+
+def sha256_of(file: RawIOBase, advance: Callable[[int], object]) -> str:
+    """Digest of the rest of an unbuffered file, hexadecimal.
+
+    Args:
+        advance: told the bytes that are done, piece by piece, for a progress bar.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(2**20)
+    view = memoryview(buffer)
+    while size := file.readinto(buffer):
+        digest.update(view[:size])
+        advance(size)
+    return digest.hexdigest()
+
+
+def is_url(text: str) -> bool:
+    """Whether it begins with `scheme://`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def is_file(path: Path, error: type[ProjectError]) -> bool:

@@ -20,19 +20,17 @@ from pathlib import Path
 
 import braceexpand
 
-from shared.bounds import MAX_SAMPLES, MAX_TEXT
+from shared.bounds import MAX_SAMPLES, MAX_TEXT, check_containers
 from shared.conversation import Conversation, parse_annotation
 from shared.errors import InputError, UnusableSample, printable
 from shared.progress import progress
-from shared.readable import is_file, is_folder
+from shared.readable import NO_URLS, is_file, is_folder, is_url, sha256_of
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _MAX_JSON, _MAX_IMAGE, _MAX_HEADER = 16 * 2**20, 64 * 2**20, 2**20
 "Bytes; a name or extended header of a tar is at most `_MAX_HEADER`."
-_MAX_CONTAINERS = 200_000
-"Lists and objects in one JSON: an empty one takes 2 bytes of text and 60 of memory."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,11 +95,13 @@ def expand_tars(patterns: Sequence[str]) -> list[Path]:
     """Paths from brace ranges (`{000..099}.tar`) and globs, each once, in order.
 
     Raises:
-        InputError: a tar is missing, a folder or in a folder that may not be searched, a glob
-            matches nothing, two tars share a name, or the braces do not pair.
+        InputError: a tar is missing, a URL, a folder or in a folder that may not be searched, a
+            glob matches nothing, two tars share a name, or the braces do not pair.
     """
     paths: list[Path] = []
     for pattern in patterns:
+        if is_url(pattern):
+            raise InputError(f"{pattern} {NO_URLS}")
         for text in _expand_braces(pattern):
             found = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
             if not found:
@@ -227,7 +227,8 @@ def refuse_repeated_keys(indexes: Iterable[TarIndex], known: Mapping[str, str]) 
             if sample.key in seen:
                 raise InputError(
                     f"sample {sample.key!r} stands in {seen[sample.key]} and in {index.path.name}; "
-                    "keys must differ between tars: cache-tools pack makes such tars"
+                    "keys must differ between all tars of a cache: pack the data sets as one JSON "
+                    "list (cache-tools pack numbers ids that stand again), or change the ids"
                 )
             seen[sample.key] = index.path.name
 
@@ -364,10 +365,8 @@ def _read(descriptor: int, member: Member) -> bytes:
 
 
 def _parse_json(content: bytes) -> object:
-    containers = content.count(b"[") + content.count(b"{")
-    if containers > _MAX_CONTAINERS:
-        raise UnusableSample(f"JSON of {containers} lists and objects, at most {_MAX_CONTAINERS}")
     try:
+        check_containers(content)
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UnusableSample(f"JSON cannot be parsed ({error})") from error
@@ -382,13 +381,8 @@ def tar_sha256(path: Path, advance: Callable[[int], object] = lambda _: None) ->
     Raises:
         InputError: the tar cannot be read.
     """
-    digest, buffer = hashlib.sha256(), bytearray(2**20)
-    view = memoryview(buffer)
     try:
         with path.open("rb", buffering=0) as file:
-            while size := file.readinto(buffer):
-                digest.update(view[:size])
-                advance(size)
+            return sha256_of(file, advance)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.bounds import check_containers
 from shared.errors import MismatchError
 
 MAX_BYTES = 16 * 2**20
 "Largest record or plan. Reading one takes up to 25 times as much memory (`make malicious`)."
-_MAX_CONTAINERS = 200_000
-"Lists and objects in one file."
 _HEAD = re.compile(rb'\{"sha256":"([0-9a-f]{64})",')
 
 
@@ -61,10 +60,7 @@ def parse_json(content: bytes) -> Any:
         ValueError: not such JSON.
         RecursionError: nested too deep.
     """
-    # Counted before parsing: an empty list takes 2 bytes of text and 60 of memory.
-    containers = content.count(b"[") + content.count(b"{")
-    if containers > _MAX_CONTAINERS:
-        raise ValueError(f"{containers} lists and objects, at most {_MAX_CONTAINERS}")
+    check_containers(content)
     return json.loads(content, object_pairs_hook=_distinct, parse_constant=_no_constant)
 
 

@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from shared.bounds import MAX_LAYERS, MAX_TOKENS, MAX_TOP_K, check_range
 from shared.encodings import AttentionEncoding, LogprobEncoding, VisionEncoding
-from shared.strict import build, read_yaml, shown
+from shared.strict import build, find_yaml, read_yaml, shown
 
 Template = Literal["plain", "v1"]
 Aspect = Literal["pad", "square"]
@@ -89,12 +90,13 @@ class CacheSpec:
         return build(cls, values, where)
 
     @classmethod
-    def load(cls, path: Path) -> "CacheSpec":
-        """From a YAML file.
+    def load(cls, name: str | Path) -> "CacheSpec":
+        """From a YAML file, or by the name of a spec that ships: `default`, `small`, ....
 
         Raises:
-            ConfigError: not readable, not YAML, or not a spec.
+            ConfigError: not there, not readable, not YAML, or not a spec.
         """
+        path = find_yaml(name, resources.files("cache_specs"), "spec")
         return cls.from_dict(read_yaml(path), where=str(path))
 
     def exact(self) -> "CacheSpec":

@@ -22,9 +22,6 @@ _TOGETHER = 5.0
 class Stopped(Exception):
     """A stop was asked for. No error: the command ends with 0."""
 
-    step: int | None = None
-    "The last step of a training run that it stopped; None if none was made or counted."
-
 
 class StopRequest:
     """Whether to stop. Looked at by who is at work, set by the signal."""

@@ -12,12 +12,14 @@ import reprlib
 import types
 from collections.abc import Mapping
 from functools import cache
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from shared.errors import ConfigError
+from shared.readable import is_file
 
 T = TypeVar("T")
 
@@ -25,6 +27,24 @@ _PLAIN = (int, str, bool)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 _SHORT.maxlevel = 3
+
+
+def find_yaml(name: str | Path, folder: Traversable, what: str) -> Path:
+    """A YAML file by its path, or by the name of one that ships in `folder`.
+
+    Raises:
+        ConfigError: it is neither; those that ship are named.
+    """
+    path = Path(name)
+    if is_file(path, ConfigError):
+        return path
+    shipped = {one.name.removesuffix(".yaml"): one for one in folder.iterdir()}
+    shipped = {key: one for key, one in shipped.items() if one.name.endswith(".yaml")}
+    if str(name) not in shipped:
+        raise ConfigError(
+            f"{name}: no such {what} file, nor a shipped one ({', '.join(sorted(shipped))})"
+        )
+    return Path(str(shipped[str(name)]))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class TrainingBatch:
         """The same batch in memory that a GPU fetches while the CPU goes on; DataLoader asks."""
         return self._each(Tensor.pin_memory)
 
+    def copied(self) -> "TrainingBatch":
+        """The same batch in memory of this process."""
+        return self._each(Tensor.clone)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
         def changed(value: Any) -> Any:
             if isinstance(value, Tensor):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from shared.console import (
 )
 from shared.progress import IMPORTING, announced, is_main_process
 from shared.stopping import Stopped, stop_on_sigterm
+
+if TYPE_CHECKING:
+    from student_train.loop import Outcome
 
 
 class _Training(Command):
@@ -43,14 +47,15 @@ class _Training(Command):
 )  # fmt: skip
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE",
-    help="Change one value of the recipe, as in optim.lr=1e-4. Repeatable.",
+    help="Change one value of the recipe, as in optim.lr=1e-4; docs/recipes.md has all keys. "
+    "Repeatable.",
 )  # fmt: skip
 @click.option("--eval-data", multiple=True, help="Held-out tars, written like --data. Repeatable.")
 @click.option(
     "--accept-mismatch", multiple=True, metavar="NAME[,NAME]",
-    help="Train though this differs between cache and run, named as the refusal names it: "
-    "template, tokenizer, image_processor.settings, tar, probe, .... Kept in run.json and the "
-    "export.",
+    help="Train though this differs between cache and run: template, image_aspect, tokenizer, "
+    "image_processor, vision_tokens, vocab_size, tar or probe, or a part of one, as the refusal "
+    "names it. Kept in run.json and the export.",
 )  # fmt: skip
 @click.option(
     "--resume", is_flag=True,
@@ -88,13 +93,14 @@ def train_student(
                 ),
                 out, resume=resume, cpu=cpu, stop=stop,
             )  # fmt: skip
-    except Stopped as stopped:
-        if is_main_process():
-            _echo_stopped(out, stopped, as_json)
-        return
-    scores = outcome.scores
+    except Stopped:
+        outcome = None
     if not is_main_process():
         return
+    if outcome is None or outcome.stopped:
+        _echo_stopped(out, outcome, as_json)
+        return
+    scores = outcome.scores
     if as_json:
         result = {
             "steps": outcome.steps,
@@ -118,11 +124,12 @@ def train_student(
         click.echo(f"held out: loss {scores.loss:.4f} nats{rate}, {scores.skipped} skipped")
 
 
-def _echo_stopped(out: Path, stopped: Stopped, as_json: bool) -> None:
+def _echo_stopped(out: Path, outcome: "Outcome | None", as_json: bool) -> None:
+    """None: no step was made."""
     if as_json:
-        click.echo(json.dumps({"stopped": True, "steps": stopped.step}))
+        click.echo(json.dumps({"stopped": True, "steps": outcome and outcome.steps}))
         return
-    where = f" {stopped}" if str(stopped) else ""
+    where = f" after step {outcome.steps} of {outcome.last_step}" if outcome else ""
     click.echo(
         f"{out}: stopped by SIGTERM{where}; the same command with --resume goes on from the last "
         "checkpoint, or begins if there is none"

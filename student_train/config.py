@@ -9,15 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from shared.errors import ConfigError
-from shared.readable import is_file
 from shared.spec import Aspect, Template
-from shared.strict import build, read_yaml
+from shared.strict import build, find_yaml, read_yaml
 
 _AT_LEAST_ONE = (
     "epochs", "max_steps", "global_batch", "micro_batch", "log_every", "save_every",
@@ -87,9 +85,9 @@ class Recipe:
     """One training run."""
 
     template: Template
-    "Prompt template; with a cache it must be the cache's."
+    "Prompt template, `plain` (stage I) or `v1` (stage II); with a cache it must be the cache's."
     image_aspect: Aspect
-    "How the student's images are made square; with a cache it must be the cache's."
+    "How images are made square, `pad` or `square` (crop); with a cache it must be the cache's."
     max_tokens: int = 2048
     "Longest sequence, vision tokens counted; longer samples are skipped and listed."
     epochs: int = 1
@@ -103,7 +101,7 @@ class Recipe:
     group_by_length: bool = False
     "Put samples of similar length into one batch."
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    "Number format of the forward and backward pass; weights are kept in float32."
+    "`float32`, `bfloat16` or `float16`, of forward and backward pass; weights stay in float32."
     gradient_checkpointing: bool = False
     "Recompute activations in the backward pass: less memory, about a third more time."
     train_tower: bool = False
@@ -129,7 +127,7 @@ class Recipe:
     workers: int = 2
     "Processes that read and decode data."
     export_weights: Literal["bin", "safetensors"] = "bin"
-    "Weights file of the export: `bin` is what the original code and llama.cpp read."
+    "`bin`, which the original code and llama.cpp read, or `safetensors`."
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -165,21 +163,11 @@ def load_recipe(name: str, settings: Sequence[str]) -> Recipe:
     Raises:
         ConfigError: unreadable file, unknown key (the nearest is named) or nonsense value.
     """
-    path = Path(name)
-    shipped = resources.files("student_train") / "recipes" / f"{name}.yaml"
-    if not is_file(path, ConfigError) and shipped.is_file():
-        path = Path(str(shipped))
-    if not is_file(path, ConfigError):
-        known = sorted(p.name.removesuffix(".yaml") for p in _shipped())
-        raise ConfigError(f"{name}: no such recipe file, nor a shipped one ({', '.join(known)})")
+    path = find_yaml(name, resources.files("student_train") / "recipes", "recipe")
     values = read_yaml(path)
     for setting in settings:
         _apply(values, setting)
     return build(Recipe, values, where=" ".join([str(path), *(f"--set {s}" for s in settings)]))
-
-
-def _shipped() -> list[Any]:
-    return list((resources.files("student_train") / "recipes").iterdir())
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:

@@ -7,21 +7,23 @@ once by its count over the whole global batch, so how a batch is split changes n
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from shared.errors import ConfigError, TrainingError
 from shared.mobilevlm import keep_float32
 from shared.progress import announced
-from shared.stopping import Stopped, StopRequest
+from shared.stopping import StopRequest
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet, Scores
@@ -39,9 +41,13 @@ class Outcome:
     """How a run ended."""
 
     steps: int
-    "Optimiser steps in all."
+    "Optimiser steps that are done, of the whole run."
+    last_step: int
+    "The step that the run ends with."
+    stopped: bool
+    "Whether it was asked to stop; there is a checkpoint, and nothing else was made."
     seconds: float
-    "Wall time of this process's share of them, evaluation left out."
+    "Wall time of this process's share of the steps, evaluation left out."
     scores: Scores | None
     "Final evaluation."
 
@@ -56,14 +62,6 @@ class RunState:
     "Sums over the steps that no log line covers yet."
     evaluation_due: bool = False
     "Whether an evaluation of this step is still to be made."
-
-
-class StoppedRun(Stopped):
-    """A run was stopped after a step, of which there is a checkpoint."""
-
-    def __init__(self, step: int, last_step: int) -> None:
-        super().__init__(f"after step {step} of {last_step}")
-        self.step = step
 
 
 def train(
@@ -81,8 +79,7 @@ def train(
         stop: looked at after each step; asked of one process, all of them stop there.
 
     Raises:
-        StoppedRun: a stop was asked for; there is a checkpoint of the last step.
-        Stopped: it was asked for while the loop was not running.
+        Stopped: a stop was asked for while the loop was not running.
         TrainingError: fewer samples than a global batch, a batch that the processes cannot share,
             a micro-batch that needs more memory than the device has, or a loss that is not finite.
     """
@@ -92,7 +89,10 @@ def train(
     scheduler = LambdaLR(optimizer, warmup_cosine(recipe.optim.warmup, last_step))
     if recipe.gradient_checkpointing:
         student.model.llm.activation_checkpointing_enable({"use_reentrant": False})
-    with announced(f"moving the student to {accelerator.device}"):
+    with (
+        announced(f"moving the student to {accelerator.device}"),
+        _fitting("the student", accelerator, "a smaller one, or a GPU with more"),
+    ):
         module, optimizer = accelerator.prepare(student, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     state = _resume(accelerator, checkpoint)
@@ -113,18 +113,17 @@ def train(
         if held_out is not None and state.evaluation_due:
             _evaluate(first_step, student, held_out, accelerator, watch)
         for step, micro in enumerate(batches, start=first_step + 1):
-            try:
+            with _fitting(
+                f"step {step}: micro-batches of {recipe.micro_batch}", accelerator,
+                "--set micro_batch to less changes no result, --set gradient_checkpointing=true "
+                "trades time for memory; weights, gradients and AdamW alone take 16 bytes a "
+                "parameter",
+            ):  # fmt: skip
                 terms = _gradients(module, student, micro, accelerator)
-            except torch.OutOfMemoryError as error:
-                raise TrainingError(
-                    f"step {step}: micro-batches of {recipe.micro_batch} need more memory than "
-                    f"{accelerator.device} has; --set micro_batch to less changes no result, --set "
-                    "gradient_checkpointing=true trades time for memory"
-                ) from error
-            norm = accelerator.clip_grad_norm_(module.parameters(), recipe.optim.clip_norm)
-            watch.check(step, terms, micro)
-            rate = float(scheduler.get_last_lr()[0])
-            optimizer.step()
+                norm = accelerator.clip_grad_norm_(module.parameters(), recipe.optim.clip_norm)
+                watch.check(step, terms, micro)
+                rate = float(scheduler.get_last_lr()[0])
+                optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # float16 overflowed: the scaler retries
                 scheduler.step()
             optimizer.zero_grad()
@@ -132,35 +131,43 @@ def train(
             every = recipe.eval_every or last_step
             is_due = step % every == 0 and step != last_step
             is_stopped = _is_asked(stop, accelerator)
-            if held_out is not None and is_due and not is_stopped:
-                _evaluate(step, student, held_out, accelerator, watch)
             if step % recipe.save_every == 0 or step == last_step or is_stopped:
-                state = RunState(
-                    step=step, unlogged=watch.unlogged, evaluation_due=is_due and is_stopped
-                )
+                # Before the evaluation: if that fails, the training is not lost.
+                state = RunState(step=step, unlogged=watch.unlogged, evaluation_due=is_due)
                 save_checkpoint(run, accelerator, state, recipe.keep_checkpoints)
             if is_stopped:
                 break
-        if _is_asked(stop, accelerator):  # perhaps while the last checkpoint was written
-            accelerator.end_training()
-            raise StoppedRun(state.step, last_step)
+            if held_out is not None and is_due:
+                _evaluate(step, student, held_out, accelerator, watch)
+        stopped = _is_asked(stop, accelerator)  # perhaps while the last checkpoint was written
         stop.is_watched = False
-        if held_out is not None:  # behind the checkpoint: if this fails, the training is not lost
+        if held_out is not None and not stopped:
             scores = _evaluate(last_step, student, held_out, accelerator, watch)
-    return Outcome(steps=last_step, seconds=watch.seconds, scores=scores)
+    return Outcome(
+        steps=state.step, last_step=last_step, stopped=stopped, seconds=watch.seconds, scores=scores
+    )
 
 
 def make_accelerator(recipe: Recipe, *, cpu: bool) -> Accelerator:
     """Devices and number format; processes come from torchrun or accelerate launch.
 
     Raises:
-        ConfigError: float16 without a GPU, where accelerate would quietly train in float32.
+        ConfigError: float16 without a GPU, where accelerate would quietly train in float32; or
+            processes that torchrun started, but accelerate cannot join.
     """
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[recipe.precision]
     # A micro-batch of text only uses neither the projector nor the adapters.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     keep_float32()
-    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[unused])
+    # Others wait while the main process writes a checkpoint, perhaps to a slow disk.
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[unused, patient])
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ConfigError(
+            f"{started} processes were started, but each would train on its own: torch sees no "
+            "GPU. Install a CUDA build of torch, or train on CPUs with --cpu"
+        )
     if mixed == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("precision float16 needs a GPU; on the CPU use bfloat16 or float32")
     return accelerator
@@ -283,6 +290,16 @@ def _gradients(
     return {"loss": float((totals * scale).sum()), **used}
 
 
+@contextmanager
+def _fitting(what: str, accelerator: Accelerator, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{what}: more memory is needed than {accelerator.device} has; {advice}"
+        ) from error
+
+
 def _evaluate(
     step: int,
     student: AlignedStudent,
@@ -290,8 +307,9 @@ def _evaluate(
     accelerator: Accelerator,
     watch: Watch,
 ) -> Scores:
+    advice = "the checkpoints stay; shorter answers (--set max_new_tokens) take less"
     with watch.paused():
-        with accelerator.autocast():
+        with accelerator.autocast(), _fitting(f"evaluation after step {step}", accelerator, advice):
             mine = held_out.score(
                 student.model, rank=accelerator.process_index, world=accelerator.num_processes
             )

@@ -83,7 +83,10 @@ def micro_batches(
         multiprocessing_context="fork" if recipe.workers else None,
         worker_init_fn=_heed_parent_only,
     )
-    return _steps(iter(loader), each)
+    # A tensor of a worker process keeps a file open until it is gone, and a step may hold more of
+    # them than a process may have. Pinning copies them already.
+    is_shared = recipe.workers > 0 and device.type != "cuda"
+    return _steps(iter(loader), each, copy=is_shared)
 
 
 def _heed_parent_only(_worker: int) -> None:
@@ -102,13 +105,13 @@ def _heed_parent_only(_worker: int) -> None:
 
 
 def _steps(
-    batches: Iterator[TrainingBatch | ProjectError], each: int
+    batches: Iterator[TrainingBatch | ProjectError], each: int, *, copy: bool
 ) -> Iterator[list[TrainingBatch]]:
     step: list[TrainingBatch] = []
     for batch in batches:
         if isinstance(batch, ProjectError):
             raise batch
-        step.append(batch)
+        step.append(batch.copied() if copy else batch)
         if len(step) == each:
             yield step
             step = []

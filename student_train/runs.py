@@ -120,12 +120,12 @@ class RunFolder:
         for old in (*self.checkpoints()[:-keep], *partial.parent.glob("*.partial")):
             shutil.rmtree(old)
 
-    def cut_log(self, step: int, last: int) -> None:
-        """Drop what a run resumed at `step` does again: later steps, the last evaluation."""
+    def cut_log(self, step: int) -> None:
+        """Drop what a run resumed at `step` does again: later steps, evaluations from it on."""
         file = self.path / "log.jsonl"
         if file.is_file():
             lines = file.read_text().splitlines()
-            kept = [line for line in lines if _is_kept(line, step, last)]
+            kept = [line for line in lines if _is_kept(line, step)]
             put_file(file, "".join(f"{line}\n" for line in kept).encode())
 
 
@@ -204,10 +204,10 @@ def _read_settings(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _is_kept(line: str, step: int, last: int) -> bool:
+def _is_kept(line: str, step: int) -> bool:
     try:
         values = json.loads(line)
         done = float(values["step"])
     except (ValueError, KeyError, TypeError):
         return False  # a line that was cut short
-    return done <= step and not (done == last and "eval_loss" in values)
+    return done < step or (done == step and "eval_loss" not in values)

@@ -1,5 +1,6 @@
 """From names on a command line to a run: load, compare, train, export."""
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder, weights_digest
@@ -68,7 +69,7 @@ def run_training(
     """One run, from start or checkpoint to export.
 
     Raises:
-        Stopped: `stop` was asked; as StoppedRun after a step.
+        Stopped: `stop` was asked while no step was made.
         ProjectError: anything that does not fit; both values are named.
     """
     accelerator = make_accelerator(recipe, cpu=cpu)
@@ -111,7 +112,9 @@ def run_training(
         "code": run.code_with(code_identity()),
     }
     run.check_settings(settings)
-    accelerator.wait_for_everyone()  # all processes have looked before one of them writes
+    checkpoint = run.newest_checkpoint()
+    # All processes have looked before one of them writes.
+    refuse_disagreement(settings, checkpoint)
     if accelerator.is_main_process:
         run.write_settings(settings)
     log.info(
@@ -120,13 +123,35 @@ def run_training(
     )  # fmt: skip
     for sample in training_set.skipped[:20]:
         log.warning("skipped=%s reason=%s", sample.key, sample.reason)
-    outcome = train(
-        student, training_set, held_out, run, accelerator, run.newest_checkpoint(), stop
-    )
-    if accelerator.is_main_process:
-        _export(accelerator, student, folder, run, recipe, settings)
+    outcome = train(student, training_set, held_out, run, accelerator, checkpoint, stop)
+    if accelerator.is_main_process and not outcome.stopped:
+        _export(student, folder, run, recipe, settings)
+    # In this order: a data-parallel wrapper (a cycle of references) that is the last to let go of
+    # the group of processes holds Python's lock meanwhile, and gloo's thread may be waiting for it:
+    # neither would go on.
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
     return outcome
+
+
+def refuse_disagreement(settings: Mapping[str, Any], checkpoint: Path | None) -> None:
+    """Compare what the processes of a run have found, each for itself; waits for all of them.
+
+    Samples are shared out by their number: two processes with different sets would take some twice
+    and leave others out.
+
+    Raises:
+        MismatchError: both values are named.
+    """
+    found = {**settings, "checkpoint": checkpoint and checkpoint.name}
+    first, *others = gather_object([found])
+    for number, other in enumerate(others, 1):
+        compare(
+            f"process {number} of the run", other, first,
+            "Start it again when nothing is being built into the cache; all processes must see the "
+            "same cache, tars and --out.",
+        )  # fmt: skip
 
 
 def check_fit(
@@ -279,21 +304,21 @@ def _held_out(
 
 
 def _export(
-    accelerator: Accelerator,
     student: AlignedStudent,
     folder: ModelFolder,
     run: RunFolder,
     recipe: Recipe,
     settings: Mapping[str, Any],
 ) -> None:
-    bare: AlignedStudent = accelerator.unwrap_model(student)
     saved = None
-    if bare.adapters is not None:
+    if student.adapters is not None:
         path = run.path / "adapters.safetensors"
-        save_adapters(bare.adapters, path)
+        save_adapters(student.adapters, path)
         saved = file_sha256(path)
     lineage = {**settings, "adapters": {**settings["adapters"], "saved_sha256": saved}}
     export = run.path / "export"
     with announced(f"writing {export}"):
-        export_student(bare.model, folder.path, export, form=recipe.export_weights, lineage=lineage)
+        export_student(
+            student.model, folder.path, export, form=recipe.export_weights, lineage=lineage
+        )
     log.info("exported=%s", export)

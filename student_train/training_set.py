@@ -20,7 +20,7 @@ from shared.errors import MismatchError, TrainingError, UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
 from shared.progress import progress
-from shared.prompt import IMAGE_TOKEN, Prompt, build_prompt, check_length
+from shared.prompt import IGNORE, IMAGE_TOKEN, Prompt, build_prompt, check_length
 from shared.record import Skipped
 from shared.samples import SampleEntry, TarIndex, index_tars, read_image, read_sample
 from shared.sequence import SequenceBatch, pad_sequences
@@ -29,6 +29,7 @@ from shared.strict import shown
 from shared.tokenizer import Tokenizer
 from student_train.batch import Targets, TrainingBatch
 from student_train.config import LossConfig, Recipe
+from student_train.entries import Entries
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class TeacherSource(Protocol):
 class TrainingSet(Dataset[list[int]]):
     """Samples that can be trained on, by number. Indexing with a list of numbers gives a batch."""
 
-    entries: tuple[tuple[Path, SampleEntry], ...]
+    entries: Entries
     "(tar, where in it) of each sample, ordered by key."
     lengths: npt.NDArray[np.int64]
     "Tokens of each sample, vision tokens counted."
@@ -95,7 +96,10 @@ class TrainingSet(Dataset[list[int]]):
         return {"samples": len(self), "sha256": digest.hexdigest()}
 
     def __getitem__(self, numbers: Sequence[int]) -> TrainingBatch:  # type: ignore[override]
-        """The batch of these samples; one with a broken image is left out and listed."""
+        """The batch of these samples; one with a broken image is left out and listed.
+
+        If none is left, a sequence stands for them of which nothing is learned.
+        """
         usable: list[_Input] = []
         skipped: list[Skipped] = []
         chosen = [self.entries[number] for number in numbers]
@@ -106,13 +110,9 @@ class TrainingSet(Dataset[list[int]]):
                 usable.append(self._input(tar, entry, image))
             except UnusableSample as reason:
                 skipped.append(Skipped(key=entry.key, reason=str(reason)))
-        if not usable:
-            raise TrainingError(
-                f"no sample of a batch can be used: {skipped[0].key}: {skipped[0].reason}"
-            )
         if skipped:  # their targets go too
             stored = self._stored([found.key for found in usable])
-        sequences, targets = _sequences(usable, stored)
+        sequences, targets = _sequences(usable, stored) if usable else (_nothing(), None)
         pixels = [found.pixels for found in usable if found.pixels is not None]
         size = self.processor.size
         return TrainingBatch(
@@ -210,7 +210,7 @@ def load_training_set(
         raise TrainingError(f"no sample in {len(tars)} tars can be used; {_reasons(skipped)}")
     keys = sorted(lengths)
     return TrainingSet(
-        entries=tuple(where[key] for key in keys),
+        entries=Entries(where[key] for key in keys),
         lengths=np.array([lengths[key] for key in keys], dtype=np.int64),
         skipped=tuple(skipped),
         recipe=recipe,
@@ -311,6 +311,11 @@ def _sequences(
         return pad_sequences(stored.input_ids, stored.labels), _targets(stored)
     prompts = [found.prompt for found in usable if found.prompt is not None]
     return pad_sequences([p.input_ids for p in prompts], [p.labels for p in prompts]), None
+
+
+def _nothing() -> SequenceBatch:
+    """A sequence without a label: it adds nothing to any loss or count."""
+    return pad_sequences([np.zeros(1, dtype=np.int32)], [np.full(1, IGNORE, dtype=np.int32)])
 
 
 def _targets(encoded: EncodedBatch) -> Targets:

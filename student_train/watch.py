@@ -48,7 +48,7 @@ class Watch:
         if self._main:
             from torch.utils.tensorboard import SummaryWriter
 
-            run.cut_log(first, last)
+            run.cut_log(first)
             take = self._opened.enter_context
             self._bar = take(tqdm(initial=first, total=last, unit="step", desc="train"))
             self._board = take(SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1))

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
+from cache_builder.arrays import ShardArrays
 from cache_builder.build import build_cache
 from cache_builder.cli import cache_tools
 from cache_builder.setup import load_builder
@@ -21,6 +23,7 @@ from tests.student_train.support import (
     aligned,
     arguments,
     batches_of,
+    log_lines,
     recipe,
     training_set,
     write_recipe,
@@ -54,6 +57,19 @@ def test_a_build_stores_what_a_build_on_the_cpu_stores(
             np.testing.assert_allclose(ours.attention[layer], weights, rtol=1e-4, atol=1e-6)
         if theirs.vision_tokens is not None:
             np.testing.assert_allclose(ours.vision_tokens, theirs.vision_tokens, atol=1e-4)
+        np.testing.assert_allclose(ours.top_logprobs, theirs.top_logprobs, atol=1e-4)
+
+
+def test_rows_are_taken_once_the_device_has_made_them(device: torch.device) -> None:
+    numbers = torch.arange(2**20, device=device).reshape(-1, 16)
+    arrays = ShardArrays({"query": {"a": len(numbers)}})
+    with torch.cuda.device(device):
+        torch.cuda._sleep(10**9)  # about half a second in which the copy cannot have begun
+        arrays.put("x", ("query", "y"), ["a"], 2 * numbers)
+
+    found = arrays.take({"query": ["a"]})["x"].values
+
+    np.testing.assert_array_equal(found, 2 * np.arange(2**20).reshape(-1, 16))
 
 
 @pytest.mark.parametrize("name", sorted(ENCODINGS))
@@ -96,7 +112,10 @@ def test_a_teacher_in_bfloat16_builds_a_whole_cache_in_the_default_encodings(
     )  # fmt: skip
     build_cache(built, packed_tars, tmp_path / "cache")
 
-    result = invoke(cache_tools, "verify", str(tmp_path / "cache"), "--decode")
+    result = invoke(
+        cache_tools, "verify", str(tmp_path / "cache"), "--decode", "--teacher", str(TEACHER),
+        "--vision-tower", str(CLIP), "--device", str(device),
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     found = open_cache(tmp_path / "cache")
     for key in cache.keys():  # noqa: SIM118  (a Cache is not a dict)
@@ -108,19 +127,25 @@ def test_a_teacher_in_bfloat16_builds_a_whole_cache_in_the_default_encodings(
 def test_a_student_trains_in_bfloat16_from_a_loader_that_pins(
     packed_tars: list[Path], cache: Cache, tmp_path: Path
 ) -> None:
-    file = write_recipe(
-        tmp_path / "recipe.yaml", template=cache.spec.template, precision="bfloat16", workers=1,
-        image_aspect=cache.spec.image_aspect, global_batch=2, micro_batch=1, max_steps=2,
-        gradient_checkpointing=True, loss={"focus_tokens": 4},
-    )  # fmt: skip
-    given = arguments(
-        tmp_path / "run", packed_tars, cache.root, file, "--eval-data", packed_tars[0]
-    )
+    settings = {
+        "template": cache.spec.template, "image_aspect": cache.spec.image_aspect, "workers": 1,
+        "global_batch": 2, "micro_batch": 1, "max_steps": 2, "log_every": 1,
+        "gradient_checkpointing": True, "loss": {"focus_tokens": 4},
+    }  # fmt: skip
+    losses = []
+    for name, precision in (("cpu", "float32"), ("gpu", "bfloat16")):
+        out = tmp_path / name
+        file = write_recipe(tmp_path / f"{name}.yaml", precision=precision, **settings)
+        given = arguments(out, packed_tars, cache.root, file, "--eval-data", packed_tars[0])
 
-    result = invoke(train_student, *[word for word in given if word != "--cpu"])
+        result = invoke(train_student, *[w for w in given if w != "--cpu" or name == "cpu"])
 
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "run" / "export" / "pytorch_model.bin").is_file()
+        assert result.exit_code == 0, result.output
+        losses.append([line["loss"] for line in log_lines(out) if "loss" in line])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+    weights = torch.load(tmp_path / "gpu" / "export" / "pytorch_model.bin", weights_only=True)
+    assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -351,7 +351,9 @@ def test_a_spec_file_that_is_no_mapping(tmp_path: Path, tar: Path, text: str | b
 
 
 def test_a_spec_file_that_is_missing(tmp_path: Path, tar: Path) -> None:
-    assert "No such file" in refused(tmp_path, tar, spec=tmp_path / "nowhere.yaml")
+    line = refused(tmp_path, tar, spec=tmp_path / "nowhere.yaml")
+
+    assert "nowhere.yaml: no such spec file" in line
 
 
 def test_the_specs_that_ship_are_specs(tmp_path: Path, tar: Path) -> None:

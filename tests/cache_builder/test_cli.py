@@ -10,6 +10,7 @@ import click
 import pytest
 
 from cache_builder.cli import build_cache, cache_tools
+from shared.spec import CacheSpec
 from tests.support import (
     ALIGN_ONLY,
     CLIP,
@@ -28,6 +29,7 @@ from tests.support import (
     write_tar,
 )
 
+SHIPPED = Path(__file__).parents[2] / "cache_specs"
 COMMANDS = [build_cache, cache_tools, *cache_tools.commands.values()]
 
 
@@ -127,6 +129,29 @@ def test_a_pattern_that_the_shell_expanded_is_said_to_lack_its_quotes(
 )
 def test_the_pattern_that_was_meant_is_guessed_from_the_tars(tars: list[str], pattern: str) -> None:
     assert pattern in invoke(build_cache, "--data", *tars).stderr
+
+
+@pytest.mark.parametrize("url", ["http://host/c", "s3://bucket/c"])
+def test_a_url_is_no_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = ("--spec", "default", "--teacher", "x", "--data", "t.tar", "--out", url)
+    for cli, *given in ((build_cache, *out), (cache_tools, "info", url)):
+        result = invoke(cli, *given)
+
+        assert result.exit_code == 2
+        assert f"'{url}' is a URL: only file systems are read and written" in result.stderr
+    data = ("--spec", "default", "--teacher", "x", "--data", f"{url}.tar", "--out", "c")
+    assert f"{url}.tar is a URL" in error_line(invoke(build_cache, *data))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_spec_that_ships_goes_by_its_name_and_others_are_named(tmp_path: Path) -> None:
+    assert CacheSpec.load("small") == CacheSpec.load(SHIPPED / "small.yaml")
+
+    given = ("--spec", "smal", "--teacher", "x", "--data", "t.tar", "--out", str(tmp_path))
+    assert "smal: no such spec file, nor a shipped one (align-kd, " in error_line(
+        invoke(build_cache, *given)
+    )
 
 
 def test_an_argument_too_many_that_is_no_tar_is_named_as_before() -> None:

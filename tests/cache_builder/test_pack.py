@@ -65,6 +65,17 @@ def test_the_command_says_what_it_packed(tmp_path: Path, images: Path) -> None:
     assert "3 tars, 7 samples, 3 images" in result.stdout
 
 
+def test_a_set_without_images_needs_no_folder_of_them(tmp_path: Path) -> None:
+    given = ("pack", "--out", str(tmp_path / "out"), "--annotations")
+
+    result = invoke(cache_tools, *given, str(write(tmp_path, [entry("t0"), entry("t1")])))
+
+    assert result.exit_code == 0, result.output
+    assert "1 tars, 2 samples, 0 images" in result.stdout
+    line = error_line(invoke(cache_tools, *given, str(write(tmp_path, ENTRIES))))
+    assert "sample 'a0': names image 'a.png'; give its folder, --images" in line
+
+
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path, images: Path) -> None:
     path = write(tmp_path, ENTRIES)
     for name in ("one", "two"):

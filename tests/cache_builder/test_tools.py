@@ -480,7 +480,7 @@ def test_repair_from_a_broken_tar_is_refused_before_anything_is_touched(
     code, _, stderr = rebuild(root, tmp_path / f"{BAD}.tar")
 
     assert code == 1
-    assert "1 of 1 tars to build cannot be read" in stderr
+    assert "1 of 1 tars cannot be read" in stderr
     assert "Nothing was taken out" in stderr
     assert snapshot(root) == before
 

@@ -3,6 +3,7 @@
 Started by torchrun in `test_batches.py`.
 """
 
+import gc
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ def main() -> None:
         out = Path(settings["out"]) / f"{name}-{rank}"
         out.with_suffix(".json").write_text(json.dumps(terms))
         save_file(gradients, out.with_suffix(".safetensors"))
+    gc.collect()  # as in `run_training`
     accelerator.end_training()
 
 

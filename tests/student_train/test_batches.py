@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from shared.cache import Cache
+from shared.samples import Member, SampleEntry
 from shared.spec import canonical_digest
 from student_train.batch import TrainingBatch
+from student_train.entries import Entries
 from student_train.plan import micro_batches, plan_epoch
 from student_train.student import TERMS
 from student_train.training_set import TrainingSet
@@ -196,12 +198,26 @@ def test_the_identity_of_a_training_set_is_the_digest_of_its_lengths_by_key(
     mixed: TrainingSet,
 ) -> None:
     odd = [dataclasses.replace(e, key=f'{n:02d} é"\\') for n, (_, e) in enumerate(mixed.entries)]
-    entries = tuple((tar, entry) for (tar, _), entry in zip(mixed.entries, odd, strict=True))
+    entries = Entries((tar, entry) for (tar, _), entry in zip(mixed.entries, odd, strict=True))
     samples = dataclasses.replace(mixed, entries=entries)
 
     lengths = zip((entry.key for entry in odd), samples.lengths.tolist(), strict=True)
 
     assert samples.identity == {"samples": len(samples), "sha256": canonical_digest(dict(lengths))}
+
+
+def test_entries_are_what_they_were_made_of() -> None:
+    near, far = Member(offset=0, size=7), Member(offset=2**40, size=2**26)
+    given = [
+        (Path("a.tar"), SampleEntry(key="ä/0", annotation=near, image=far)),
+        (Path("b.tar"), SampleEntry(key="1", annotation=far, image=None)),
+        (Path("a.tar"), SampleEntry(key="22", annotation=far, image=near)),
+    ]
+
+    entries = Entries(given)
+
+    assert [*entries] == given
+    assert len(entries) == 3
 
 
 def seen(

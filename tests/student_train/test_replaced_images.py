@@ -11,7 +11,16 @@ import pytest
 from shared.cache import open_cache
 from shared.errors import MismatchError
 from shared.samples import index_tar, read_image
-from tests.student_train.support import mixed_samples, recipe, train, training_set
+from tests.student_train.support import (
+    aligned,
+    distance,
+    gradients_of,
+    log_lines,
+    mixed_samples,
+    recipe,
+    train,
+    training_set,
+)
 from tests.support import edit_record, error_line, png, record, write_tar
 
 BROKEN = b"no image"
@@ -115,6 +124,36 @@ def test_a_broken_image_without_a_digest_is_left_out_with_its_targets(
     assert [sample.key for sample in batch.skipped] == ["s006"]
     assert batch.targets is not None
     assert len(batch.targets.vision_tokens[""]) == len(batch.pixels) == 2
+
+
+def test_a_batch_of_which_nothing_can_be_used_adds_nothing(
+    copies: list[Path], full_path: Path, tmp_path: Path
+) -> None:
+    cache = open_cache(without_digests(full_path, tmp_path, "mixed-0"))
+    replace_image(copies[0], "s006", BROKEN)
+    samples = training_set(copies, recipe(), cache)
+
+    empty, good = samples[[6]], samples[[0, 15]]
+    terms, gradients = gradients_of(aligned(recipe(), cache), [empty, good], recipe())
+
+    expected, whole = gradients_of(aligned(recipe(), cache), [good], recipe())
+    assert terms == expected
+    assert distance(whole, gradients) == 0
+
+
+def test_broken_images_change_no_result_with_the_micro_batch(
+    copies: list[Path], tmp_path: Path
+) -> None:
+    replace_image(copies[0], "s006", BROKEN)
+    losses = []
+    for micro_batch in (1, 4):
+        out = tmp_path / str(micro_batch)
+        changes = {"global_batch": 12, "micro_batch": micro_batch, "log_every": 1}
+        done = train(out, copies, None, **changes)
+        assert done.exit_code == 0, done.output
+        losses.append([line["loss"] for line in log_lines(out)])
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_images_of_a_tar_that_was_accepted_by_name_are_not_compared(

@@ -20,10 +20,13 @@ from safetensors.torch import load_file
 
 from shared.cache import Cache
 from shared.checkpoint import ModelFolder
+from shared.errors import ConfigError, MismatchError
 from shared.mobilevlm import MobileVLM, load_model
 from student_train.evaluate import HeldOutSet, Scores
 from student_train.lineage import code_identity
+from student_train.loop import make_accelerator
 from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
+from student_train.setup import refuse_disagreement
 from student_train.student import TERMS
 from student_train.watch import Watch
 from tests.student_train.support import (
@@ -107,6 +110,28 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     assert loss_lines(found) == loss_lines(expected)
+
+
+# -- several processes ---------------------------------------------------------------------------
+
+
+def test_processes_that_would_each_train_alone_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Without LOCAL_RANK accelerate does not join, as it does not under torchrun without a GPU.
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    with pytest.raises(ConfigError, match="2 processes were started, but each would train on its"):
+        make_accelerator(recipe(), cpu=False)
+
+
+def test_processes_that_found_different_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"data": {"samples": 24}, "checkpoint": None}
+    monkeypatch.setattr("student_train.setup.gather_object", lambda mine: [*mine, other])
+
+    with pytest.raises(MismatchError, match=r"process 1 .* data.samples: 24 there, 16 here"):
+        refuse_disagreement({"data": {"samples": 16}}, None)
 
 
 # -- what a run leaves behind --------------------------------------------------------------------
@@ -463,6 +488,22 @@ def test_a_run_killed_in_its_last_evaluation_has_its_last_checkpoint_and_evaluat
     assert_same_run(out, undisturbed)
 
 
+def test_an_evaluation_that_fails_costs_no_step(
+    tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out, often = tmp_path / "run", {**RUN, "eval_every": 3, "max_steps": 6}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOutSet, "score", out_of_memory_at(1))
+        with pytest.raises(MemoryError):
+            train(out, tars, orphan_cache, "--eval-data", tars[1], **often)
+    assert [path.name for path in RunFolder(out).checkpoints()] == ["step-00000003"]
+
+    done = train(out, tars, orphan_cache, "--eval-data", tars[1], "--resume", **often)
+
+    assert done.exit_code == 0, done.output
+    assert [line["step"] for line in log_lines(out) if "eval_loss" in line] == [3, 6]
+
+
 def out_of_memory_at(call: int) -> Callable[..., Scores]:
     """`HeldOutSet.score` that fails when it is called for the nth time."""
     score, calls = HeldOutSet.score, itertools.count(1)
@@ -485,7 +526,7 @@ def test_a_batch_that_the_device_cannot_hold_is_one_line(
 
     line = error_line(train(tmp_path / "run", tars, None, **RUN))
 
-    assert "step 1: micro-batches of 2 need more memory than cpu has; --set micro_batch" in line
+    assert "step 1: micro-batches of 2: more memory is needed than cpu has; --set micro" in line
 
 
 @pytest.mark.usefixtures("_one_thread")

@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.inputs import SMALL, TeacherSize, write_tars, write_teacher
 from cache_builder.build import Builder, build_cache, commit_shard
 from cache_builder.features import ShardFeatures, compute_features
-from cache_builder.prepare import PixelBatch, PreparedTar, TarReader
+from cache_builder.prepare import PixelBatch, PreparedTar
 from cache_builder.setup import load_builder
 from cache_builder.teacher import Signals, Teacher
 from shared.checkpoint import ModelFolder
@@ -221,9 +221,7 @@ def _ready(folder: Path, paths: list[Path]) -> Inputs:
         spec, str(folder / "teacher"), vision_tower=None, device="cpu", dtype=None, batch_size=None
     )
     indexes = [index_tar(path) for path in paths]
-    with TarReader(
-        spec, builder.tokenizer, builder.processor, batch_size=builder.batch_size, pin=False
-    ) as reader:
+    with builder.reader() as reader:
         prepared = {index.name: reader(index) for index in indexes}
         pixels = {name: list(tar.pixels) for name, tar in prepared.items()}
     whole = load_model(ModelFolder(str(folder / "teacher"))).eval()

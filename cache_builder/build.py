@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never
 
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -30,6 +29,7 @@ from cache_builder.tars import find_pending, tar_facts
 from cache_builder.teacher import Teacher
 from shared.errors import ConfigError, InputError
 from shared.images import ImageProcessor
+from shared.memory import fitting
 from shared.plan import plan_file
 from shared.record import FORMAT, ProbeSample, ShardRecord, shard_name
 from shared.samples import TarIndex, first_of, index_readable_tars
@@ -230,17 +230,16 @@ class _Run:
 
     def _compute(self, tar: PreparedTar) -> ShardFeatures:
         self.stop.check()
-        try:
+        with fitting(
+            f"{tar.index.path}: batches of {self.builder.batch_size} need",
+            self.builder.teacher.device,
+            "what is committed stays, go on with build-cache and a smaller --batch-size, or pack "
+            "tars of fewer samples: vision tokens of a tar's images stay there as long as "
+            "conversations want them", ConfigError,
+        ):  # fmt: skip
             features = compute_features(
                 tar, self.builder.teacher, self.builder.spec, advance=self._advance
             )
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"{tar.index.path}: batches of {self.builder.batch_size} need more memory than "
-                f"{self.builder.teacher.device} has; what is committed stays, go on with "
-                "build-cache and a smaller --batch-size, or pack tars of fewer samples: vision "
-                "tokens of a tar's images stay there as long as conversations want them"
-            ) from error
         for sample in features.skipped:
             log.warning("shard=%s skipped=%s reason=%s", tar.index.name, sample.key, sample.reason)
         self.budget.spend(features.skipped)

@@ -1,8 +1,8 @@
 """What a build would do and how large it would be, from the teacher's config and the tars.
 
 No weights are read: `build-cache --dry-run` works with a folder that holds only a config and a
-tokenizer. Bytes are before lossless compression, so they are an upper
-estimate of all but the metadata, which counts in caches of a few samples.
+tokenizer. Bytes are before lossless compression, so they are an upper estimate of all but the
+metadata, which counts in caches of a few samples.
 """
 
 from collections.abc import Collection, Sequence

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.console import (
-    AS_JSON,
-    DEVICE,
-    FOLDER,
-    VISION_TOWER,
-    Command,
-    printable_lines,
-)
+from shared.console import AS_JSON, DEVICE, FOLDER, VISION_TOWER, Command, printable_lines
 from shared.progress import IMPORTING, announced
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from torch import Tensor
 from shared.capture import QueryKey, text_to_vision
 from shared.checkpoint import ModelFolder, weights_digest
 from shared.errors import ConfigError
+from shared.memory import fitting
 from shared.mobilevlm import (
     NUM_VISION,
     VLMConfig,
@@ -84,14 +85,12 @@ class Teacher:
         self.weights_sha256 = weights_digest(state)
         "Over the tensors that are used."
         _drop_unloaded(self._model)
-        try:
-            with announced(f"moving the teacher to {device}"):
-                self._model.to(device).eval().requires_grad_(False)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"{folder.name}: needs more memory than {device} has; a spec without logprobs "
-                "(align-only) loads a small part of it"
-            ) from error
+        advice = "a spec without logprobs (align-only) loads a small part of it"
+        with (
+            announced(f"moving the teacher to {device}"),
+            fitting(f"{folder.name}: needs", device, advice, ConfigError),
+        ):
+            self._model.to(device).eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:

@@ -101,8 +101,7 @@ class CacheSpec:
 
     def exact(self) -> "CacheSpec":
         """The same signals, as the teacher gives them."""
-        parts = {name: getattr(self, name) for name in self.encodings}
-        floats = {name: replace(part, encoding="float32") for name, part in parts.items()}
+        floats = {name: replace(getattr(self, name), encoding="float32") for name in self.encodings}
         return replace(self, **floats)
 
     def to_dict(self) -> dict[str, Any]:

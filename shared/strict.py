@@ -38,8 +38,8 @@ def find_yaml(name: str | Path, folder: Traversable, what: str) -> Path:
     path = Path(name)
     if is_file(path, ConfigError):
         return path
-    shipped = {one.name.removesuffix(".yaml"): one for one in folder.iterdir()}
-    shipped = {key: one for key, one in shipped.items() if one.name.endswith(".yaml")}
+    yamls = (one for one in folder.iterdir() if one.name.endswith(".yaml"))
+    shipped = {one.name.removesuffix(".yaml"): one for one in yamls}
     if str(name) not in shipped:
         raise ConfigError(
             f"{name}: no such {what} file, nor a shipped one ({', '.join(sorted(shipped))})"

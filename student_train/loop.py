@@ -8,8 +8,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from shared.errors import ConfigError, TrainingError
+from shared.memory import fitting
 from shared.mobilevlm import keep_float32
 from shared.progress import announced
 from shared.stopping import StopRequest
@@ -83,15 +84,15 @@ def train(
         TrainingError: fewer samples than a global batch, a batch that the processes cannot share,
             a micro-batch that needs more memory than the device has, or a loss that is not finite.
     """
-    recipe, stop = training_set.recipe, stop or StopRequest()
+    recipe, stop, device = training_set.recipe, stop or StopRequest(), accelerator.device
     last_step = num_steps(training_set, accelerator.num_processes)
     optimizer = make_optimizer(student, recipe)
     scheduler = LambdaLR(optimizer, warmup_cosine(recipe.optim.warmup, last_step))
     if recipe.gradient_checkpointing:
         student.model.llm.activation_checkpointing_enable({"use_reentrant": False})
     with (
-        announced(f"moving the student to {accelerator.device}"),
-        _fitting("the student", accelerator, "a smaller one, or a GPU with more"),
+        announced(f"moving the student to {device}"),
+        fitting("the student needs", device, "a smaller one, or a GPU with more", TrainingError),
     ):
         module, optimizer = accelerator.prepare(student, optimizer)
     accelerator.register_for_checkpointing(scheduler)
@@ -99,8 +100,7 @@ def train(
     first_step = state.step
     batches = micro_batches(
         training_set, first_step=first_step, last_step=last_step,
-        rank=accelerator.process_index, world=accelerator.num_processes,
-        device=accelerator.device,
+        rank=accelerator.process_index, world=accelerator.num_processes, device=device,
     )  # fmt: skip
     module.train()
     scores = None
@@ -113,11 +113,11 @@ def train(
         if held_out is not None and state.evaluation_due:
             _evaluate(first_step, student, held_out, accelerator, watch)
         for step, micro in enumerate(batches, start=first_step + 1):
-            with _fitting(
-                f"step {step}: micro-batches of {recipe.micro_batch}", accelerator,
+            with fitting(
+                f"step {step}: micro-batches of {recipe.micro_batch} need", device,
                 "--set micro_batch to less changes no result, --set gradient_checkpointing=true "
                 "trades time for memory; weights, gradients and AdamW alone take 16 bytes a "
-                "parameter",
+                "parameter", TrainingError,
             ):  # fmt: skip
                 terms = _gradients(module, student, micro, accelerator)
                 norm = accelerator.clip_grad_norm_(module.parameters(), recipe.optim.clip_norm)
@@ -290,16 +290,6 @@ def _gradients(
     return {"loss": float((totals * scale).sum()), **used}
 
 
-@contextmanager
-def _fitting(what: str, accelerator: Accelerator, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"{what}: more memory is needed than {accelerator.device} has; {advice}"
-        ) from error
-
-
 def _evaluate(
     step: int,
     student: AlignedStudent,
@@ -308,8 +298,9 @@ def _evaluate(
     watch: Watch,
 ) -> Scores:
     advice = "the checkpoints stay; shorter answers (--set max_new_tokens) take less"
+    what = f"evaluation after step {step} needs"
     with watch.paused():
-        with accelerator.autocast(), _fitting(f"evaluation after step {step}", accelerator, advice):
+        with accelerator.autocast(), fitting(what, accelerator.device, advice, TrainingError):
             mine = held_out.score(
                 student.model, rank=accelerator.process_index, world=accelerator.num_processes
             )

@@ -90,9 +90,7 @@ def write_part(path: Path, name: str, tensor: Tensor) -> None:
         save_file({name: tensor}, path)
 
 
-def needed_of(
-    wanted: Mapping[str, Any],
-) -> set[str]:
+def needed_of(wanted: Mapping[str, Any]) -> set[str]:
     return needed_tensors(
         CacheSpec.from_dict(wanted), read_config(ModelFolder(str(TEACHER)), str(CLIP))
     )

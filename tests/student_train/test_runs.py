@@ -526,7 +526,7 @@ def test_a_batch_that_the_device_cannot_hold_is_one_line(
 
     line = error_line(train(tmp_path / "run", tars, None, **RUN))
 
-    assert "step 1: micro-batches of 2: more memory is needed than cpu has; --set micro" in line
+    assert "step 1: micro-batches of 2 need more memory than cpu has; --set micro_batch" in line
 
 
 @pytest.mark.usefixtures("_one_thread")

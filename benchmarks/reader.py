@@ -11,6 +11,7 @@ Peers keep the encoded arrays raw (their users do not compress) and, as their us
 """
 
 import dataclasses
+import math
 import mmap
 import os
 import sys
@@ -259,7 +260,17 @@ def _half(sample: Signals) -> Arrays:
 
 
 def _buffers(sample: Arrays) -> Arrays:
-    return {name: np.empty((BATCH, *a.shape), dtype=a.dtype) for name, a in sample.items()}
+    """In torch's memory, aligned to 64 bytes. numpy's begins 16 bytes into a page, where some of
+    AMD's processors copy what begins with a page, as mapped samples may, at a fifth of the speed.
+    """
+    shapes = {name: (BATCH, *array.shape) for name, array in sample.items()}
+    return {
+        name: torch.empty(math.prod(shapes[name]) * array.itemsize, dtype=torch.uint8)
+        .numpy()
+        .view(array.dtype)
+        .reshape(shapes[name])
+        for name, array in sample.items()
+    }
 
 
 def _filling(sample: Arrays, one: Callable[[int], Arrays]) -> Callable[[Sequence[int]], Arrays]:

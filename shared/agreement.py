@@ -6,14 +6,13 @@ that belong to other positions than the ids say would teach without an error.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Int32
 
 from shared.prompt import IGNORE, IMAGE_TOKEN
-
-_Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,41 +44,48 @@ def disagreement(stored: StoredSequences) -> tuple[int, str] | None:
         Number of the sample, what was found and what was expected; or None.
     """
     for what, found, expected in _facts(stored):
-        unequal = np.flatnonzero(found != expected)
-        if len(unequal):
-            number = int(unequal[0])
+        if found != expected:
+            pairs = enumerate(zip(found, expected, strict=True))
+            number = next(number for number, (one, other) in pairs if one != other)
             return number, f"{found[number]} {what}, expected {expected[number]}"
     return None
 
 
-def _facts(stored: StoredSequences) -> Iterator[tuple[str, _Counts, _Counts]]:
-    """(what, count found in each sample, count expected); later ones rely on those before."""
-    sizes = np.array([len(ids) for ids in stored.input_ids])
-    yield "empty sequences", (sizes == 0).astype(np.int64), np.zeros_like(sizes)
-    begins = np.cumsum(sizes) - sizes
+def _facts(stored: StoredSequences) -> Iterator[tuple[str, list[int], list[int]]]:
+    """(what, count found in each sample, count expected); later ones rely on those before.
 
-    def count(mask: npt.NDArray[np.bool_]) -> _Counts:
-        counts: _Counts = np.add.reduceat(mask, begins, dtype=np.int64)
+    Counts are lists: a batch has few samples, for which numpy takes longer than Python.
+    """
+    sizes = [len(ids) for ids in stored.input_ids]
+    none = [0] * len(sizes)
+    yield "empty sequences", [int(size == 0) for size in sizes], none
+    begins = [*accumulate(sizes[:-1], initial=0)]
+
+    def count(mask: npt.NDArray[np.bool_]) -> list[int]:
+        counts: list[int] = np.add.reduceat(mask, begins, dtype=np.int64).tolist()
         return counts
 
     ids, learned = np.concatenate(stored.input_ids), np.concatenate(stored.labels)
     is_image, is_learned = ids == IMAGE_TOKEN, learned != IGNORE
-    with_image = np.array(stored.images) >= 0
-    yield "images among its ids", count(is_image), with_image.astype(np.int64)
+    with_image = [int(image >= 0) for image in stored.images]
+    yield "images among its ids", count(is_image), with_image
     # As unsigned numbers negative ones are large.
     is_odd = (ids.view(np.uint32) >= stored.vocabulary) & ~is_image
-    yield "ids outside the vocabulary", count(is_odd), np.zeros_like(sizes)
+    yield "ids outside the vocabulary", count(is_odd), none
     is_odd = (learned.view(np.uint32) >= stored.vocabulary) & is_learned
-    yield "labels outside the vocabulary", count(is_odd), np.zeros_like(sizes)
-    yield (
-        "tokens with its image",
-        sizes + (stored.num_vision - 1) * with_image,
-        np.array(stored.lengths),
-    )
+    yield "labels outside the vocabulary", count(is_odd), none
+    lengths = [
+        size + (stored.num_vision - 1) * image
+        for size, image in zip(sizes, with_image, strict=True)
+    ]
+    yield "tokens with its image", lengths, [*stored.lengths]
     if stored.response_rows is not None:
         is_learned[begins] = False  # no position stands before it
-        yield "response rows", np.array(stored.response_rows), count(is_learned)
+        yield "response rows", [*stored.response_rows], count(is_learned)
     if stored.query_rows is not None:
-        behind = np.zeros_like(sizes)
-        behind[with_image] = (begins + sizes)[with_image] - np.flatnonzero(is_image) - 1
-        yield "query rows", np.array(stored.query_rows), behind
+        places = iter(np.flatnonzero(is_image).tolist())
+        behind = [
+            begin + size - next(places) - 1 if image else 0
+            for begin, size, image in zip(begins, sizes, with_image, strict=True)
+        ]
+        yield "query rows", [*stored.query_rows], behind

@@ -5,11 +5,13 @@ Codes of 8 and 6 bits have nothing to squeeze, so their frames are made of raw b
 an array, so a chunk's size in the index tells whether it is one, and its framing confirms it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
+from google_crc32c import extend as crc32c_extend
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -30,8 +32,8 @@ class RawChunks:
 
     size: int
     "Bytes of its content."
-    blocks: list[tuple[int, int]]
-    """Bytes of what stands before each of its blocks, and of the block's content; none if chunks of
+    blocks: list[tuple[bytes, int]]
+    """What stands before each of its blocks, and bytes of the block's content; none if chunks of
     this size are not read so."""
     around: int
     "Bytes of it in the file that are not content."
@@ -43,8 +45,7 @@ class RawChunks:
         """For chunks of `size` bytes of content."""
         headers = _headers(size) if size >= _SMALLEST else []
         blocks = [
-            (len(header), min(_BLOCK, size - number * _BLOCK))
-            for number, header in enumerate(headers)
+            (header, min(_BLOCK, size - number * _BLOCK)) for number, header in enumerate(headers)
         ]
         framing = b"".join(headers)
         return cls(size=size, blocks=blocks, around=len(framing) + CHECKSUM, framing=framing)
@@ -58,38 +59,56 @@ class RawChunks:
         """Bytes of memory that `scattered` needs for what is not wanted."""
         return number * self.around + 2 * self.size
 
-    def scattered(self, number: int, low: int, wanted: Bytes, beside: Bytes) -> list[list[Bytes]]:
-        """Where the bytes of each chunk go, in the file's order: header and content of each block,
-        the checksum.
+    def scattered(
+        self, number: int, low: int, wanted: Bytes, beside: Bytes
+    ) -> tuple[list[Bytes], list[list[Bytes | bytes]]]:
+        """Where the bytes of some chunks go, which lie one behind the other.
 
         Args:
-            number: of chunks, one behind the other.
+            number: of chunks.
             low: of the content of all of them, the first byte that is wanted.
             wanted: where that goes, and what follows it.
-            beside: memory for the rest: first for the framing of all chunks.
-        """
-        spare = beside[number * self.around :]  # what lies before the wanted bytes, and behind them
-        chunks, place, begin = [], 0, -low
-        for _ in range(number):
-            pieces = []
-            for header, size in self.blocks:
-                pieces.append(beside[place : place + header])
-                place += header
-                end = begin + size
-                if begin >= 0 and end <= len(wanted):
-                    pieces.append(wanted[begin:end])
-                else:
-                    pieces += _at_an_edge(begin, end, wanted, spare[:low], spare[self.size :])
-                begin = end
-            pieces.append(beside[place : place + CHECKSUM])
-            place += CHECKSUM
-            chunks.append(pieces)
-        return chunks
+            beside: memory for the rest: first for what lies around the content of all chunks.
 
-    def are_framed(self, number: int, beside: Bytes) -> bool:
-        """Whether what was read beside the content of chunks is what stands around raw blocks."""
-        around = beside[: number * self.around].reshape(number, -1)
-        return around[:, :-CHECKSUM].tobytes() == self.framing * number
+        Returns:
+            Memory for all bytes, in the file's order; of each chunk, what its checksum covers, of
+            which the content comes with reading.
+        """
+        spare = beside[number * self.around :]
+        before, behind = spare[:low], spare[self.size :]
+        pieces: list[Bytes] = []
+        covered: list[list[Bytes | bytes]] = []
+        place, gap, begin, high = 0, 0, -low, len(wanted)
+        for _ in range(number):
+            chunk: list[Bytes | bytes] = []
+            for header, size in self.blocks:
+                gap += len(header)
+                pieces.append(beside[place : place + gap])
+                place, gap, end = place + gap, 0, begin + size
+                chunk.append(header)
+                if begin >= 0 and end <= high:
+                    content = wanted[begin:end]
+                    pieces.append(content)
+                    chunk.append(content)
+                else:
+                    at_edge = [*_at_an_edge(begin, end, wanted, before, behind)]
+                    pieces += at_edge
+                    chunk += at_edge
+                begin = end
+            gap = CHECKSUM
+            covered.append(chunk)
+        pieces.append(beside[place : place + gap])
+        return pieces, covered
+
+    def are_whole(self, covered: Sequence[Sequence[Bytes | bytes]], beside: Bytes) -> bool:
+        """Whether what was read around the content of chunks is what has to stand there: the
+        framing of raw blocks, and the checksum of that and the content.
+        """
+        around = [
+            self.framing + reduce(crc32c_extend, chunk, 0).to_bytes(CHECKSUM, "little")
+            for chunk in covered
+        ]
+        return beside[: len(covered) * self.around].tobytes() == b"".join(around)
 
 
 def _at_an_edge(

@@ -44,21 +44,20 @@ def disagreement(stored: StoredSequences) -> tuple[int, str] | None:
         Number of the sample, what was found and what was expected; or None.
     """
     for what, found, expected in _facts(stored):
-        if found != expected:
-            pairs = enumerate(zip(found, expected, strict=True))
-            number = next(number for number, (one, other) in pairs if one != other)
-            return number, f"{found[number]} {what}, expected {expected[number]}"
+        for number, (count, wanted) in enumerate(zip(found, expected, strict=True)):
+            if count != wanted:
+                return number, f"{count} {what}, expected {wanted}"
     return None
 
 
-def _facts(stored: StoredSequences) -> Iterator[tuple[str, list[int], list[int]]]:
+def _facts(stored: StoredSequences) -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
     """(what, count found in each sample, count expected); later ones rely on those before.
 
-    Counts are lists: a batch has few samples, for which numpy takes longer than Python.
+    Counts are lists: for the few samples of a batch Python is faster than numpy.
     """
     sizes = [len(ids) for ids in stored.input_ids]
-    none = [0] * len(sizes)
-    yield "empty sequences", [int(size == 0) for size in sizes], none
+    zeros = [0] * len(sizes)
+    yield "empty sequences", [int(size == 0) for size in sizes], zeros
     begins = [*accumulate(sizes[:-1], initial=0)]
 
     def count(mask: npt.NDArray[np.bool_]) -> list[int]:
@@ -71,21 +70,21 @@ def _facts(stored: StoredSequences) -> Iterator[tuple[str, list[int], list[int]]
     yield "images among its ids", count(is_image), with_image
     # As unsigned numbers negative ones are large.
     is_odd = (ids.view(np.uint32) >= stored.vocabulary) & ~is_image
-    yield "ids outside the vocabulary", count(is_odd), none
+    yield "ids outside the vocabulary", count(is_odd), zeros
     is_odd = (learned.view(np.uint32) >= stored.vocabulary) & is_learned
-    yield "labels outside the vocabulary", count(is_odd), none
+    yield "labels outside the vocabulary", count(is_odd), zeros
     lengths = [
         size + (stored.num_vision - 1) * image
         for size, image in zip(sizes, with_image, strict=True)
     ]
-    yield "tokens with its image", lengths, [*stored.lengths]
+    yield "tokens with its image", lengths, stored.lengths
     if stored.response_rows is not None:
         is_learned[begins] = False  # no position stands before it
-        yield "response rows", [*stored.response_rows], count(is_learned)
+        yield "response rows", stored.response_rows, count(is_learned)
     if stored.query_rows is not None:
         places = iter(np.flatnonzero(is_image).tolist())
         behind = [
             begin + size - next(places) - 1 if image else 0
             for begin, size, image in zip(begins, sizes, with_image, strict=True)
         ]
-        yield "query rows", [*stored.query_rows], behind
+        yield "query rows", stored.query_rows, behind

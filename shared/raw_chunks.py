@@ -2,7 +2,7 @@
 
 Codes of 8 and 6 bits have nothing to squeeze, so their frames are made of raw blocks (RFC 8878,
 3.1.1.2.2): content between a few bytes of framing. Those bytes are the same in every such chunk of
-an array, so a chunk's size in the index tells whether it is one, and its framing confirms it.
+an array, so a chunk's size in the index tells whether it is one; framing and checksum confirm it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +62,7 @@ class RawChunks:
     def scattered(
         self, number: int, low: int, wanted: Bytes, beside: Bytes
     ) -> tuple[list[Bytes], list[list[Bytes | bytes]]]:
-        """Where the bytes of some chunks go, which lie one behind the other.
+        """Where the bytes of chunks go that lie one behind the other.
 
         Args:
             number: of chunks.
@@ -71,29 +71,28 @@ class RawChunks:
             beside: memory for the rest: first for what lies around the content of all chunks.
 
         Returns:
-            Memory for all bytes, in the file's order; of each chunk, what its checksum covers, of
-            which the content comes with reading.
+            Memory for all their bytes, in the file's order; and for each chunk what its checksum
+            covers: the framing as it has to be, and the memory that its content is read into.
         """
         spare = beside[number * self.around :]
         before, behind = spare[:low], spare[self.size :]
         pieces: list[Bytes] = []
         covered: list[list[Bytes | bytes]] = []
-        place, gap, begin, high = 0, 0, -low, len(wanted)
+        place, begin, high = 0, -low, len(wanted)
+        gap = 0  # bytes since the last content: a checksum, then a header
         for _ in range(number):
             chunk: list[Bytes | bytes] = []
             for header, size in self.blocks:
                 gap += len(header)
                 pieces.append(beside[place : place + gap])
-                place, gap, end = place + gap, 0, begin + size
-                chunk.append(header)
+                place, gap = place + gap, 0
+                end = begin + size
                 if begin >= 0 and end <= high:
-                    content = wanted[begin:end]
-                    pieces.append(content)
-                    chunk.append(content)
+                    content = [wanted[begin:end]]
                 else:
-                    at_edge = [*_at_an_edge(begin, end, wanted, before, behind)]
-                    pieces += at_edge
-                    chunk += at_edge
+                    content = [*_at_an_edge(begin, end, wanted, before, behind)]
+                pieces += content
+                chunk += [header, *content]
                 begin = end
             gap = CHECKSUM
             covered.append(chunk)
@@ -101,8 +100,8 @@ class RawChunks:
         return pieces, covered
 
     def are_whole(self, covered: Sequence[Sequence[Bytes | bytes]], beside: Bytes) -> bool:
-        """Whether what was read around the content of chunks is what has to stand there: the
-        framing of raw blocks, and the checksum of that and the content.
+        """Whether chunks that were read are raw blocks and undamaged: what lies around their
+        content is the expected framing, and the checksum of framing and content.
         """
         around = [
             self.framing + reduce(crc32c_extend, chunk, 0).to_bytes(CHECKSUM, "little")

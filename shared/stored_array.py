@@ -142,12 +142,12 @@ class StoredArray:
         first, behind = start // each, -(-stop // each)
         low = (start - first * each) * self.layout.row_bytes
         try:
-            if self._is_raw.find(0, first, behind) >= 0 or not self._read_raw(
-                descriptor, flags, first, behind, low, out
-            ):
+            is_raw = self._is_raw.find(0, first, behind) < 0
+            # What is not raw blocks after all, or damaged, is read as any other: that names damage.
+            if not (is_raw and self._read_raw(descriptor, flags, first, behind, low, out)):
                 self._read_compressed(descriptor, flags, first, behind, low, out)
         except BlockingIOError:
-            if not flags:
+            if not flags:  # it was to wait
                 raise
             begin, end = self._edges[first], self._edges[behind]
             os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
@@ -157,7 +157,10 @@ class StoredArray:
     def _read_raw(
         self, descriptor: int, flags: int, first: int, behind: int, low: int, wanted: Bytes
     ) -> bool:
-        """Content of chunks as long as raw blocks are; whether they are raw blocks, and whole."""
+        """Read chunks of the size that raw blocks have; whether they are that and undamaged.
+
+        If not, `wanted` holds anything.
+        """
         number, begin = behind - first, self._edges[first]
         beside = _scratch.memory(self._raw.beside(number))
         pieces, covered = self._raw.scattered(number, low, wanted, beside)
@@ -168,7 +171,8 @@ class StoredArray:
         self, descriptor: int, flags: int, first: int, behind: int, low: int, wanted: Bytes
     ) -> None:
         size, edges, high = self.layout.chunk_bytes, self._edges, len(wanted)
-        into = memoryview(wanted)  # type: ignore[arg-type]  # numpy; half the cost of arrays
+        # Slices of a memoryview cost half of what slices of an array do.
+        into = memoryview(wanted)  # type: ignore[arg-type]  # numpy
         at = -low  # where a chunk's content begins, seen from the wanted bytes
         for start in range(first, behind, self._at_once):
             stop = min(start + self._at_once, behind)

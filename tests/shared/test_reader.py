@@ -128,6 +128,27 @@ def test_a_bit_that_flipped_is_found_also_where_zstd_left_bytes_as_they_are(
     rows(flipped, 4, 7)
 
 
+def test_a_bit_that_flipped_around_the_blocks_of_a_chunk_is_found(
+    raw: tuple[StoredArray, npt.NDArray[Any]], tmp_path: Path
+) -> None:
+    array, _ = raw
+    begin, end = array.edges[3:5].tolist()
+    places, at = [], begin
+    for header, size in RawChunks.of(array.layout.chunk_bytes).blocks:
+        places += range(at, at + len(header))
+        at += len(header) + size
+    places += range(at, end)
+    assert len(places) == 9 + 3 * 3 + 4
+    content = array.path.read_bytes()
+    for place in places:
+        path = tmp_path / str(place)
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        flipped = StoredArray(path=path, layout=array.layout, edges=array.edges)
+
+        with pytest.raises(ValueError, match="checksum of chunk 3"):
+            rows(flipped, 3, 4)
+
+
 @pytest.mark.parametrize(
     "size",
     [2**15, 2**16 + 255, 2**16 + 256, 2**17, 2**17 + 1, 2**18, 2**19, 2**19 + 1, 144 * 4096, 2**21],

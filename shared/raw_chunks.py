@@ -7,7 +7,7 @@ an array, so a chunk's size in the index tells whether it is one; framing and ch
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -35,20 +35,21 @@ class RawChunks:
     blocks: list[tuple[bytes, int]]
     """What stands before each of its blocks, and bytes of the block's content; none if chunks of
     this size are not read so."""
-    around: int
-    "Bytes of it in the file that are not content."
-    framing: bytes
-    "All of these but the checksum."
 
     @classmethod
     def of(cls, size: int) -> "RawChunks":
         """For chunks of `size` bytes of content."""
-        headers = _headers(size) if size >= _SMALLEST else []
-        blocks = [
-            (header, min(_BLOCK, size - number * _BLOCK)) for number, header in enumerate(headers)
-        ]
-        framing = b"".join(headers)
-        return cls(size=size, blocks=blocks, around=len(framing) + CHECKSUM, framing=framing)
+        return cls(size=size, blocks=_blocks(size) if size >= _SMALLEST else [])
+
+    @cached_property
+    def framing(self) -> bytes:
+        """All that stands before its blocks."""
+        return b"".join(header for header, _ in self.blocks)
+
+    @cached_property
+    def around(self) -> int:
+        """Bytes of it in the file that are not content: framing and checksum."""
+        return len(self.framing) + CHECKSUM
 
     def among(self, sizes: npt.NDArray[np.int64]) -> bytes:
         """For each chunk 1 if its size in the file is that of raw blocks, else 0."""
@@ -123,16 +124,19 @@ def _at_an_edge(
         yield behind[max(begin, high) - high : end - high]
 
 
-def _headers(size: int) -> list[bytes]:
-    """Of the frame and its first block, and of each further block, as zstd writes them."""
+def _blocks(size: int) -> list[tuple[bytes, int]]:
+    """Header and bytes of content of each block as zstd writes them; the frame's header in front of
+    the first.
+    """
     if size < 2**16 + 256:
         frame = b"\x28\xb5\x2f\xfd\x60" + (size - 256).to_bytes(2, "little")
     elif size <= _WINDOW:
         frame = b"\x28\xb5\x2f\xfd\xa0" + size.to_bytes(4, "little")
     else:  # no single segment any more: the window's size stands in front
         frame = b"\x28\xb5\x2f\xfd\x80\x48" + size.to_bytes(4, "little")
-    blocks = [
-        (min(_BLOCK, size - begin) << 3 | (begin + _BLOCK >= size)).to_bytes(3, "little")
-        for begin in range(0, size, _BLOCK)
-    ]
-    return [frame + blocks[0], *blocks[1:]]
+    blocks = []
+    for begin in range(0, size, _BLOCK):
+        content = min(_BLOCK, size - begin)
+        header = (content << 3 | (begin + _BLOCK >= size)).to_bytes(3, "little")
+        blocks.append((header if begin else frame + header, content))
+    return blocks

@@ -107,6 +107,15 @@ def test_rows_that_zstd_left_as_they_are_are_those_that_were_written(
         assert (rows(array, start, stop) == values[start:stop]).all()
 
 
+def with_flipped_bit(array: StoredArray, place: int, bit: int, folder: Path) -> StoredArray:
+    """The same array, one bit of its file flipped: of the byte at `place`."""
+    content = bytearray(array.path.read_bytes())
+    content[place] ^= 1 << bit
+    path = folder / "flipped"
+    path.write_bytes(content)
+    return StoredArray(path=path, layout=array.layout, edges=array.edges)
+
+
 @settings(max_examples=25)
 @given(place=st.integers(0, 2**18), bit=st.integers(0, 7))
 def test_a_bit_that_flipped_is_found_also_where_zstd_left_bytes_as_they_are(
@@ -116,12 +125,9 @@ def test_a_bit_that_flipped_is_found_also_where_zstd_left_bytes_as_they_are(
     bit: int,
 ) -> None:
     array, _ = raw
-    content = bytearray(array.path.read_bytes())
     begin, end = array.edges[3:5].tolist()
-    content[begin + place * (end - begin) // 2**18 % (end - begin)] ^= 1 << bit
-    path = tmp_path_factory.mktemp("flipped") / "0"
-    path.write_bytes(content)
-    flipped = StoredArray(path=path, layout=array.layout, edges=array.edges)
+    place = begin + place * (end - begin) // 2**18 % (end - begin)
+    flipped = with_flipped_bit(array, place, bit, tmp_path_factory.mktemp("flipped"))
 
     with pytest.raises(ValueError, match="checksum of chunk 3"):
         rows(flipped, 3, 4)
@@ -139,11 +145,8 @@ def test_a_bit_that_flipped_around_the_blocks_of_a_chunk_is_found(
         at += len(header) + size
     places += range(at, end)
     assert len(places) == 9 + 3 * 3 + 4
-    content = array.path.read_bytes()
     for place in places:
-        path = tmp_path / str(place)
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        flipped = StoredArray(path=path, layout=array.layout, edges=array.edges)
+        flipped = with_flipped_bit(array, place, 0, tmp_path)
 
         with pytest.raises(ValueError, match="checksum of chunk 3"):
             rows(flipped, 3, 4)

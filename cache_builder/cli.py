@@ -169,11 +169,13 @@ def _dry_run(
     dtype: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     with announced(IMPORTING):
+        import msgspec
+
         from cache_builder.estimate import estimate
 
     found = estimate(spec, teacher, vision_tower, tars, out, dtype)
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(found), "size": found.size}, indent=1))
+        click.echo(json.dumps({**msgspec.to_builtins(found), "size": found.size}, indent=1))
     else:
         there = len(tars) - found.tars
         lines = [f"{there} of {len(tars)} tars have their shard in {out} already"] if there else []

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import asdict
+
 from shared.record import ShardRecord, differences, no_cache, read_records
 
 
@@ -96,7 +98,7 @@ def _diff_shard(ours: ShardRecord, theirs: ShardRecord) -> ShardDiff:
         {s.key: s.pixels_sha256 or "text only" for s in record.probe} for record in (ours, theirs)
     ]
     return ShardDiff(
-        tar=_pairs(vars(ours.tar), vars(theirs.tar)),
+        tar=_pairs(asdict(ours.tar), asdict(theirs.tar)),
         keys_only_in_a=tuple(key for key in ours.keys if key not in b),
         keys_only_in_b=tuple(key for key in theirs.keys if key not in a),
         skipped=_pairs(*skips),

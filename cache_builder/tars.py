@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import asdict
 from tqdm import tqdm
 
 from shared.record import ShardRecord, TarFacts, compare
@@ -59,11 +60,11 @@ def refuse_other_tars(
     found = (
         ((index, _header_facts(index)) for index in known)
         if by_headers
-        else ((index, vars(facts)) for index, facts in each_tar_facts(known))
+        else ((index, asdict(facts)) for index, facts in each_tar_facts(known))
     )
     accept = ("sha256",) if by_headers else ()
     for index, here in found:
-        there = vars(records[index.name].tar)
+        there = asdict(records[index.name].tar)
         compare(f"{root}: shard {index.name}: tar", there, here, advice, accept)
 
 

@@ -1,12 +1,15 @@
 """What the values of a record may be, so that whoever uses them need not ask again.
 
-Every function raises ValueError with what was found and what was expected.
+Bounds on one value are part of its type (msgspec checks them where it parses); every function
+raises ValueError with what was found and what was expected.
 """
 
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from shared.strict import shown
 
@@ -31,7 +34,18 @@ _MAX_CONTAINERS = 200_000
 _INT64 = 2**63 - 1
 _PART = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"{_PART}(/{_PART}){{0,7}}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+FileSize = Annotated[int, Meta(ge=0, le=_INT64)]
+"Bytes."
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+"Hexadecimal."
+Key = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)]
+"Of a sample; that it can be printed is checked for all keys at once."
+Length = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+"Tokens of a sequence."
+ImageRow = Annotated[int, Meta(ge=-1)]
+"Of a shard; -1 for text only."
+
 _LOOKED_UP: dict[str, dict[str, type]] = {
     "teacher": {
         "hidden_size": int,
@@ -61,14 +75,6 @@ def check_range(name: str, value: int, least: int, most: int) -> None:
     """A number of a spec."""
     if not least <= value <= most:
         raise ValueError(f"{name} must be {least} to {most}, found {shown(value)}")
-
-
-def check_file(size: int, sha256: str) -> None:
-    """What is said of one file."""
-    if not 0 <= size <= _INT64:
-        raise ValueError(f"size {shown(size)}, expected 0 to 2^63 - 1")
-    if not _SHA256.fullmatch(sha256):
-        raise ValueError(f"sha256 {shown(sha256)}, expected 64 hexadecimal digits")
 
 
 def check_identity(identity: Mapping[str, Any]) -> None:
@@ -109,22 +115,19 @@ def _check_extent(identity: Mapping[str, Any]) -> None:
 
 
 def check_samples(keys: Sequence[str], lengths: Sequence[int], images: Sequence[int]) -> None:
-    """Keys that differ and can be printed, positive lengths, images that are there."""
+    """As many of each, keys that differ and can be printed, images that are there."""
     if not len(keys) == len(lengths) == len(images):
         raise ValueError("keys, lengths and images differ in number")
     if len(keys) > MAX_SAMPLES:
         raise ValueError(f"{len(keys)} samples, at most {MAX_SAMPLES}")
     if not keys:
         return
-    distinct = set(keys)
-    if len(distinct) != len(keys):
+    if len(set(keys)) != len(keys):
         raise ValueError("a key stands twice")
-    if max(map(len, keys)) > MAX_TEXT or not "".join(keys).isprintable() or "" in distinct:
-        raise ValueError(f"a key is empty, over {MAX_TEXT} characters, or cannot be printed")
-    if not 1 <= min(lengths) <= max(lengths) <= MAX_TOKENS:
-        raise ValueError(f"lengths {min(lengths)} to {max(lengths)}, expected 1 to 2^31 - 1")
-    if not -1 <= min(images) <= max(images) < len(keys):
-        raise ValueError(f"images {min(images)} to {max(images)}, expected -1 to {len(keys) - 1}")
+    if not "".join(keys).isprintable():
+        raise ValueError("a key cannot be printed")
+    if max(images) >= len(keys):
+        raise ValueError(f"image {max(images)}, expected -1 to {len(keys) - 1}")
 
 
 def check_skipped(skipped: Sequence[tuple[str, str]]) -> None:

@@ -8,21 +8,20 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import CacheError, ConfigError, DamagedError
+import msgspec
+
+from shared.errors import CacheError, DamagedError, printable
 from shared.inside import list_inside, read_inside
 from shared.record import NAME
 from shared.sealed import MAX_BYTES, parse_json
-from shared.strict import build
 
 PLANS = "plans"
 "Their folder in a cache."
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     shards: tuple[str, ...]
     "Names of the shards, sorted."
 
@@ -63,9 +62,11 @@ def read_plan(root: Path, file: str) -> tuple[str, ...]:
     except OSError as error:
         raise CacheError(f"{root / file}: cannot be read ({error.strerror})") from error
     try:
-        plan = build(_Plan, parse_json(content), where="plan")
-    except (ValueError, RecursionError, ConfigError) as error:
-        raise DamagedError(f"{root / file}: not a plan ({error}); it may be deleted") from error
+        plan = msgspec.convert(parse_json(content), _Plan)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(
+            f"{root / file}: not a plan ({printable(str(error), most=300)}); it may be deleted"
+        ) from error
     if plan_file(plan.shards) != (file, content):
         raise DamagedError(
             f"{root / file}: not a plan (its name is not its digest); it may be deleted"

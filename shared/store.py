@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from msgspec.structs import asdict
 from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
 
 from shared.errors import CacheError
@@ -165,7 +166,7 @@ def _commit(root: Path, record: ShardRecord) -> ShardRecord:
     if path.exists():
         there = ShardRecord.load(root, record.name)
         for what, found, ours in (
-            ("", there.identity, record.identity), (": tar", vars(there.tar), vars(record.tar)),
+            ("", there.identity, record.identity), (": tar", asdict(there.tar), asdict(record.tar)),
         ):  # fmt: skip
             advice = "Keep builds that differ in their own folders."
             compare(f"{root}: shard {record.name}{what}", found, ours, advice)

@@ -1,4 +1,4 @@
-"""Building frozen dataclasses from YAML or JSON, strictly.
+"""Building frozen dataclasses from YAML, strictly.
 
 An unknown key is an error that names the nearest known one; a value of the wrong type is an error
 that names the key, the value and the type. Nothing is guessed, nothing is ignored.
@@ -11,7 +11,6 @@ import re
 import reprlib
 import types
 from collections.abc import Mapping
-from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,7 +22,6 @@ from shared.readable import is_file
 
 T = TypeVar("T")
 
-_PLAIN = (int, str, bool)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 _SHORT.maxlevel = 3
@@ -88,17 +86,12 @@ def build(cls: type[T], values: object, where: str) -> T:
     Raises:
         ConfigError: unknown or missing key, wrong type, or a value that `__post_init__` refuses.
     """
-    # `type` first, here and below: the records of a thousand shards hold 30,000 mappings.
-    if type(values) is not dict and not isinstance(values, Mapping):
+    if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping of keys, found {shown(values)}")
-    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
-    if values.keys() != hints.keys():
-        _check_keys(values, _fields(cls), where)  # type: ignore[arg-type]
+    _check_keys(values, {field.name: field for field in dataclasses.fields(cls)}, where)  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
     arguments = {
-        key: value
-        if type(value) is (hint := hints[key]) and hint in _PLAIN
-        else convert(hint, value, f"{where}: {key}")
-        for key, value in values.items()
+        key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()
     }
     try:
         return cls(**arguments)
@@ -122,21 +115,6 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)  # resolving them takes longer than checking a small record
-
-
-@cache
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    return get_origin(hint), get_args(hint)
-
-
-@cache
-def _fields(cls: type) -> "dict[str, dataclasses.Field[object]]":
-    return {field.name: field for field in dataclasses.fields(cls)}
-
-
 def nearest(key: str, known: Mapping[str, object] | list[str]) -> str:
     """The end of a message about an unknown name: what it could have been."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
@@ -145,11 +123,11 @@ def nearest(key: str, known: Mapping[str, object] | list[str]) -> str:
 
 def convert(hint: Any, value: object, where: str) -> Any:
     """`value` as the type `hint`, or a ConfigError that names `where`."""
-    if hint is Any or (type(value) is hint and hint in _PLAIN):
+    if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)  # type: ignore[arg-type]
-    origin, arguments = _parts(hint)
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -164,8 +142,6 @@ def convert(hint: Any, value: object, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}: expected a list, found {shown(value)}")
-        if arguments[0] in (str, int) and [*map(type, value)].count(arguments[0]) == len(value):
-            return tuple(value)  # records hold a million keys
         return tuple(convert(arguments[0], item, where) for item in value)
     if origin is dict:
         if not isinstance(value, Mapping):

@@ -1,13 +1,14 @@
 """Records come from strangers: each is checked before anything that it names is touched."""
 
-import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,7 +90,7 @@ FILE = {"size": 1, "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "1"}, "format: expected int, found '1'"),
+        ({"format": "1"}, "Expected `int`, got `str` - at `$.format`"),
         ({"name": "../ref-000000"}, "bad shard name"),
         ({"name": ""}, "bad shard name ''"),
         ({"name": ".hidden"}, "bad shard name"),
@@ -101,10 +102,10 @@ FILE = {"size": 1, "sha256": "0" * 64}
         ({"files": {"a/../../b": FILE}}, "path 'a/../../b' leaves the shard"),
         ({"files": {"..": FILE}}, "leaves the shard"),
         ({"files": {"a\\..\\b": FILE}}, "leaves the shard"),
-        ({"files": {"a": {"size": "1 MB", "sha256": "0"}}}, "expected int, found '1 MB'"),
+        ({"files": {"a": {"size": "1 MB", "sha256": "0"}}}, "got `str` - at `$.files[...].size`"),
         ({"keys": ["s0"]}, "keys, lengths and images differ in number"),
         ({"keys": ["s0", "s0"]}, "a key stands twice"),
-        ({"keys": ["s0", 5]}, "expected str, found 5"),
+        ({"keys": ["s0", 5]}, "Expected `str`, got `int` - at `$.keys[1]`"),
         ({"identity": {}}, "identity has no spec"),
         ({"files": {"": FILE}}, "path '' leaves the shard or has odd characters"),
         ({"files": {"a//b": FILE}}, "leaves the shard"),
@@ -113,27 +114,31 @@ FILE = {"size": 1, "sha256": "0" * 64}
         ({"files": {"a\0b": FILE}}, "leaves the shard"),
         ({"files": {"a/" * 8 + "b": FILE}}, "leaves the shard"),
         ({"files": {f"f{n}": FILE for n in range(10_001)}}, "10001 files, at most 10000"),
-        ({"files": {"a": {"size": -1, "sha256": "0" * 64}}}, "size -1, expected 0 to 2^63 - 1"),
-        ({"files": {"a": {"size": 2**63, "sha256": "0" * 64}}}, "expected 0 to 2^63 - 1"),
-        ({"files": {"a": {"size": 1, "sha256": "0"}}}, "sha256 '0', expected 64 hexadecimal"),
+        ({"files": {"a": {"size": -1, "sha256": "0" * 64}}}, "Expected `int` >= 0"),
+        ({"files": {"a": {"size": 2**63, "sha256": "0" * 64}}}, f"Expected `int` <= {2**63 - 1}"),
+        ({"files": {"a": {"size": 1, "sha256": "0"}}}, "at `$.files[...].sha256`"),
+        ({"files": {"a": {"size": 1, "sha256": "0" * 64 + "\n"}}}, "at `$.files[...].sha256`"),
         (
             {"tar": {**FILE, "name": "/etc/passwd", "index_sha256": "0" * 64}},
             "tar is '/etc/passwd', expected ref-000000.tar",
         ),
-        ({"lengths": [1, 0]}, "lengths 0 to 1, expected 1 to 2^31 - 1"),
-        ({"lengths": [1, 2**31]}, "expected 1 to 2^31 - 1"),
-        ({"lengths": [1, 1.5]}, "expected int, found 1.5"),
-        ({"images": [0, -2]}, "images -2 to 0, expected -1 to 1"),
-        ({"images": [0, 2]}, "images 0 to 2, expected -1 to 1"),
-        ({"keys": ["a", ""]}, "a key is empty, over 512 characters, or cannot be printed"),
-        ({"keys": ["a", "b\n"]}, "a key is empty, over 512"),
-        ({"keys": ["a", "\x1b[2J"]}, "a key is empty, over 512"),
-        ({"keys": ["a", "\ud800"]}, "a key is empty, over 512"),
-        ({"keys": ["a", "b" * 513]}, "a key is empty, over 512"),
+        ({"lengths": [1, 0]}, "Expected `int` >= 1 - at `$.lengths[1]`"),
+        ({"lengths": [1, 2**31]}, f"Expected `int` <= {2**31 - 1}"),
+        ({"lengths": [1, 1.5]}, "Expected `int`, got `float` - at `$.lengths[1]`"),
+        ({"lengths": [1, 1.0]}, "Expected `int`, got `float` - at `$.lengths[1]`"),
+        ({"lengths": [1, True]}, "Expected `int`, got `bool` - at `$.lengths[1]`"),
+        ({"images": [0, -2]}, "Expected `int` >= -1 - at `$.images[1]`"),
+        ({"images": [0, 2]}, "image 2, expected -1 to 1"),
+        ({"keys": ["a", ""]}, "Expected `str` of length >= 1 - at `$.keys[1]`"),
+        ({"keys": ["a", "b\n"]}, "a key cannot be printed"),
+        ({"keys": ["a", "\x1b[2J"]}, "a key cannot be printed"),
+        ({"keys": ["a", "\ud800"]}, "a key cannot be printed"),
+        ({"keys": ["a", "b" * 513]}, "Expected `str` of length <= 512 - at `$.keys[1]`"),
         ({"skipped": [{"key": "a", "reason": "b" * 1025}]}, "key or reason too long"),
-        ({"skipped": [{"key": "a"}]}, "skipped: missing key 'reason'"),
-        ({"boat": 1}, "unknown key 'boat'"),
-        ({"tar": {"name": "a"}}, "tar: missing key 'size'"),
+        ({"skipped": [{"key": "a"}]}, "missing required field `reason` - at `$.skipped[0]`"),
+        ({"bo\x1b[2J" * 100: 1}, r"unknown field `bo\x1b[2J"),
+        ({"boat": 1}, "unknown field `boat`"),
+        ({"tar": {"name": "a"}}, "missing required field `size` - at `$.tar`"),
     ],
 )
 def test_a_record_that_cannot_be_is_refused(
@@ -198,13 +203,18 @@ def test_an_identity_is_neither_deep_nor_long(
         load(tmp_path, seal(values))
 
 
+def sealed_text(rest: str) -> str:
+    """With the right digest in front."""
+    return f'{{"sha256":"{hashlib.sha256(rest.encode()).hexdigest()}",{rest}'
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"a":1,"a":1}', "a key stands twice in an object"),
         ("[" * 200_001, "200001 lists and objects, at most 200000"),
         ('{"a":' + "[" * 100_000, "recursion"),
-        ('{"format":1e999}', "missing key"),
+        ('{"format":1e999}', "Expected `int`, got `float`"),
         ('{"format":' + "9" * 5000 + "}", "4300 digits"),
         ("{", "Expecting property name"),
     ],
@@ -212,11 +222,41 @@ def test_an_identity_is_neither_deep_nor_long(
 def test_json_that_would_hurt_is_refused_before_it_is_used(
     tmp_path: Path, content: str, message: str
 ) -> None:
-    rest = content[1:]
-    head = f'{{"sha256":"{hashlib.sha256(rest.encode()).hexdigest()}",'
-
     with pytest.raises(DamagedError, match=message):
-        load(tmp_path, head + rest)
+        load(tmp_path, sealed_text(content[1:]))
+
+
+def test_a_key_that_stands_twice_is_refused_wherever_it_stands(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    rest = seal(values)[77:]
+    pairs = [*re.finditer(r'(?<=[{,])"[^"]*":', "," + rest)]
+    assert len(pairs) > 100
+    for pair in pairs:
+        begin, end = pair.start() - 1, pair.end() - 1
+        _, behind = json.JSONDecoder().raw_decode(rest, end)
+
+        with pytest.raises(DamagedError, match="a key stands twice in an object"):
+            load(tmp_path, sealed_text(f"{rest[:behind]},{rest[begin:]}"))
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        {"indent": 1}, {"separators": (",", ":")}, {"separators": (" , ", "\t:\n")},
+        {"sort_keys": True}, {"ensure_ascii": False},
+    ],
+)  # fmt: skip
+def test_a_record_is_the_same_however_its_json_is_written(
+    tmp_path: Path, values: dict[str, Any], style: dict[str, Any]
+) -> None:
+    values["keys"] = ['\u5b57/\\"\U0001f600', "b"]
+    values["probe"] = []
+    values["identity"]["image_processor"] |= {"small": 1e-7, "large": 1.5e17, "long": 2**62}
+    found = load(tmp_path, sealed_text(json.dumps(values, **style)[1:]))
+
+    assert json.loads(msgspec.json.encode(found)) == values
+    assert load(tmp_path, found.to_json()) == found
 
 
 def test_a_large_record_is_refused_unread(tmp_path: Path) -> None:
@@ -229,12 +269,22 @@ def test_a_large_record_is_refused_unread(tmp_path: Path) -> None:
         ShardRecord.load(tmp_path, "a")
 
 
-def test_a_record_that_no_reader_would_take_is_not_written(cache_path: Path) -> None:
+def test_a_record_that_is_too_large_for_a_reader_is_not_written(cache_path: Path) -> None:
     found = record(cache_path, "ref-000000")
     many = tuple(Skipped(key=f"{n:0100d}", reason="é" * 100) for n in range(30_000))
 
     with pytest.raises(CacheError, match="put fewer samples into a tar"):
-        dataclasses.replace(found, skipped=many).to_json()
+        msgspec.structs.replace(found, skipped=many).to_json()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lengths": (1, 0)}, {"images": (0, -2)}, {"keys": ("a", "b" * 513)}]
+)
+def test_a_record_that_no_reader_would_take_is_not_written(
+    cache_path: Path, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        msgspec.structs.replace(record(cache_path, "ref-000000"), **wrong).to_json()
 
 
 @pytest.mark.parametrize("name", [".hidden.json", "a.json.0123abcd.partial", "notes.txt", "-.json"])
@@ -317,5 +367,5 @@ def test_a_mismatch_names_three_places_and_counts_the_others() -> None:
 
 
 def test_a_record_cannot_be_changed(cache_path: Path) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError, match="immutable"):
         record(cache_path, "ref-000000").name = "x"  # type: ignore[misc]

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +51,7 @@ class Timed(Teacher):
         with self._timed():
             return self.teacher.vision_tokens(pixels)
 
-    def signals(self, batch: SequenceBatch, vision: Float[Tensor, "N V C"]) -> Signals:
+    def signals(self, batch: SequenceBatch, vision: Sequence[Float[Tensor, "V C"]]) -> Signals:
         with self._timed():
             return self.teacher.signals(batch, vision)
 
@@ -84,7 +84,7 @@ class Recorded(Teacher):
             return self.vision[-1]
         return next(self.again[0])
 
-    def signals(self, batch: SequenceBatch, vision: Float[Tensor, "N V C"]) -> Signals:
+    def signals(self, batch: SequenceBatch, vision: Sequence[Float[Tensor, "V C"]]) -> Signals:
         if self.again is None:
             self.said.append(self.teacher.signals(batch, vision))
             return self.said[-1]

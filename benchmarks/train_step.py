@@ -26,7 +26,7 @@ from shared.checkpoint import ModelFolder
 from shared.images import ImageProcessor
 from shared.mobilevlm import load_model
 from shared.spec import CacheSpec
-from shared.strict import build
+from shared.strict import parse
 from shared.tokenizer import load_tokenizer
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe
@@ -73,7 +73,7 @@ def make_steps(
     folder: Path, tars: Sequence[Path], teacher: Teacher
 ) -> dict[str, Callable[[], object]]:
     """The three steps, each a forward, a backward and an optimiser step."""
-    recipe = build(Recipe, RECIPE, where="benchmark")
+    recipe = parse(Recipe, RECIPE, where="benchmark")
     cache = open_cache(folder / "cache")
     plain, cached = (_training_set(folder, tars, recipe, source) for source in (None, cache))
     alone, taught = _step_of(folder, recipe, None), _step_of(folder, recipe, cache)
@@ -82,7 +82,7 @@ def make_steps(
 
     def with_teacher() -> None:
         vision = teacher.vision_tokens(batch.pixels)
-        teacher.signals(batch.sequences, vision)
+        teacher.signals(batch.sequences, list(vision))
         taught(batch)
 
     return {

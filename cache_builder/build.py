@@ -233,9 +233,8 @@ class _Run:
         with fitting(
             f"{tar.index.path}: batches of {self.builder.batch_size} need",
             self.builder.teacher.device,
-            "what is committed stays, go on with build-cache and a smaller --batch-size, or pack "
-            "tars of fewer samples: vision tokens of a tar's images stay there as long as "
-            "conversations want them", ConfigError,
+            "what is committed stays, go on with build-cache and a smaller --batch-size",
+            ConfigError,
         ):  # fmt: skip
             features = compute_features(
                 tar, self.builder.teacher, self.builder.spec, advance=self._advance

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cache_builder.committed import Committed
 from cache_builder.prepare import PreparedSample, prepare
@@ -23,6 +22,7 @@ from shared.checkpoint import ModelFolder
 from shared.encodings import ENCODINGS, id_dtype
 from shared.images import ImageProcessor
 from shared.mobilevlm import NUM_VISION, VLMConfig, read_config
+from shared.progress import progress
 from shared.record import Skipped, record_names, shard_name
 from shared.samples import TarIndex, index_tars
 from shared.spec import CacheSpec
@@ -140,7 +140,7 @@ def _estimate(
     usable: list[PreparedSample] = []
     skipped: list[Skipped] = []
     images: set[tuple[str, str]] = set()  # each is stored once in every tar that shows it
-    for tar in tqdm(tars, unit="tar", desc="estimate", delay=2):
+    for tar in progress("estimate", "tar", tars):
         for item in islice(prepare(tar, spec, tokenizer), share):
             if isinstance(item, Skipped):
                 skipped.append(item)

@@ -21,7 +21,6 @@ from cache_builder.prepare import PixelBatch, PreparedSample, PreparedTar
 from cache_builder.teacher import Signals, Teacher
 from shared.encodings import ENCODINGS, id_dtype
 from shared.expected import IMAGE_SHA256
-from shared.mobilevlm import NUM_VISION
 from shared.record import Skipped
 from shared.sequence import pad_sequences
 from shared.spec import CacheSpec
@@ -91,7 +90,8 @@ class _TarRun:
     uses: Counter[str] = field(init=False)
     "Samples that are still to run, by image digest."
     vision: dict[str, Tensor] = field(default_factory=dict)
-    "Vision tokens, unencoded, of the images that such samples show."
+    """Vision tokens, unencoded, of the images that such samples show; in host memory between the
+    batches that show them."""
     unusable: dict[str, str] = field(default_factory=dict)
     "Digests of images that cannot be used -> the reason."
     skipped: dict[str, str] = field(default_factory=dict)
@@ -118,9 +118,11 @@ class _TarRun:
         if usable and (self.spec.logprobs or (self.spec.attention and _digests(usable))):
             self._run_decoder(usable)
         self.uses.subtract(digests)
-        for digest in digests:
-            if not self.uses[digest]:
-                self.vision.pop(digest, None)
+        for digest in set(digests) & self.vision.keys():
+            tokens = self.vision.pop(digest)
+            if self.uses[digest]:
+                # A tar's images can be more than fit a device, its encoded rows lie here anyway.
+                self.vision[digest] = tokens.cpu()
 
     def finish(self) -> ShardFeatures:
         """What of the tar is stored."""
@@ -166,8 +168,7 @@ class _TarRun:
             [sample.prompt.labels for sample in samples],
         )
         vision = [self.vision[digest] for digest in _digests(samples)]
-        none = torch.zeros(0, NUM_VISION, self.teacher.config.llama.hidden_size)
-        signals = self.teacher.signals(sequences, torch.stack(vision) if vision else none)
+        signals = self.teacher.signals(sequences, vision)
         self._store_attention(signals, samples)
         self._store_logprobs(signals, samples)
 

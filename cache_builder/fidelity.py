@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from cache_builder.build import Builder, commit_shard
 from cache_builder.features import compute_features
@@ -25,7 +24,7 @@ from cache_builder.setup import load_builder_of
 from cache_builder.tars import refuse_other_tars
 from shared.cache import Cache, CachedSample, open_cache
 from shared.errors import InputError
-from shared.progress import announced
+from shared.progress import announced, progress
 from shared.samples import TarIndex, index_tars
 from shared.spec import CacheSpec
 
@@ -155,7 +154,7 @@ def build_exact(builder: Builder, chosen: Sequence[TarIndex], out: Path) -> None
     """Write a cache of the chosen samples, a shard for each tar."""
     total = sum(len(index.samples) for index in chosen)
     with (
-        tqdm(total=total, unit="sample", desc="teacher", delay=2) as bar,
+        progress("teacher", "sample", total=total) as bar,
         builder.reader() as reader,
     ):
         for index in chosen:
@@ -217,7 +216,7 @@ class Differences:
 def compare_samples(exact: Cache, cache: Cache) -> Differences:
     """Compare every sample of `exact` with the cache's."""
     found = Differences()
-    for key in tqdm(exact.keys(), unit="sample", desc="compare", delay=2):
+    for key in progress("compare", "sample", exact.keys()):
         found.add(exact.read(key), cache.read(key))
     return found
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from shared.errors import CacheError
 from shared.inside import Entry, list_inside, walk_inside
 from shared.plan import PLANS
+from shared.readable import reading
 from shared.record import DATA, RECORDS, no_cache, read_records
 
 _DATA_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*-[0-9a-f]{8}")
@@ -55,7 +56,7 @@ def sweep(root: Path, *, older_than: float, dry_run: bool) -> tuple[list[Leftove
 
 def find_leftovers(root: Path) -> list[Leftover]:
     """All leftovers, whatever their age; raises as `sweep`."""
-    try:
+    with reading(root, CacheError):
         # Folders first: one whose record comes in between is in use, not left over.
         candidates = list(_candidates(root))
         if not list_inside(root, RECORDS) and not candidates:
@@ -63,8 +64,6 @@ def find_leftovers(root: Path) -> list[Leftover]:
         named = {record.data for record in read_records(root).values()}
         now = time.time()
         return [_measure(root, path, entry, now) for path, entry in candidates if path not in named]
-    except OSError as error:
-        raise CacheError(f"{root}: cannot be read ({error.strerror})") from error
 
 
 def remove(root: Path, path: str) -> None:

@@ -17,7 +17,8 @@ import webdataset
 from tqdm import tqdm
 
 from shared.errors import ConfigError, InputError
-from shared.readable import is_file
+from shared.progress import progress
+from shared.readable import is_file, reading
 from shared.record import shard_name
 from shared.samples import IMAGE_SUFFIXES
 
@@ -64,7 +65,7 @@ def pack(
     shards = list(_cut(_group_by_image(samples), samples_per_tar))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(samples), unit="sample", desc="pack", delay=2) as bar:
+        with progress("pack", "sample", total=len(samples)) as bar:
             for number, shard in enumerate(shards):
                 partial = out / f"{prefix}-{number:06d}.tar.partial"
                 _write(partial, shard, bar)
@@ -94,9 +95,8 @@ class _Packed:
 
 def _read_annotations(path: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        with reading(path, InputError):
+            entries = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -137,7 +137,7 @@ def _distinct(keys: Sequence[str]) -> list[str]:
 
 def _find_images(entries: Sequence[Mapping[str, Any]], images: Path | None) -> list[Path | None]:
     paths, missing = list[Path | None](), list[str]()
-    for entry in tqdm(entries, unit="sample", desc="find images", delay=2):
+    for entry in progress("find images", "sample", entries):
         path = _image_path(entry, images)
         if path is not None and not is_file(path, InputError):
             missing.append(entry["image"])

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
-from tqdm import tqdm
 
 from cache_builder.build import Builder
 from cache_builder.features import ShardFeatures, compute_features
@@ -27,6 +26,7 @@ from shared.encodings import ENCODINGS
 from shared.errors import CacheError, DamagedError, UnusableSample
 from shared.mobilevlm import read_config
 from shared.probe import ProbeInput, compare_image, compare_pixels, compare_text, read_probe
+from shared.progress import progress
 from shared.samples import TarIndex
 from shared.spec import CacheSpec
 from shared.strict import shown
@@ -65,7 +65,7 @@ def recompute(cache: Cache, builder: Builder, shards: Sequence[str]) -> tuple[in
         Number of samples, and what is wrong by shard.
     """
     problems, samples = [], 0
-    for name in tqdm(shards, unit="shard", desc="teacher"):
+    for name in progress("teacher", "shard", shards):
         try:
             probe = read_probe(cache.root, cache.records[name])
         except DamagedError as error:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from msgspec.structs import asdict
-from tqdm import tqdm
 
+from shared.progress import progress
 from shared.record import ShardRecord, TarFacts, compare
 from shared.samples import TarIndex, refuse_repeated_keys, tar_sha256
 
@@ -71,7 +71,7 @@ def refuse_other_tars(
 def each_tar_facts(indexes: Sequence[TarIndex]) -> Iterator[tuple[TarIndex, TarFacts]]:
     """Facts of tar after tar; all their bytes are read, so a bar says how far that is."""
     total = sum(index.path.stat().st_size for index in indexes)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="check tars", delay=2) as bar:
+    with progress("check tars", "B", total=total) as bar:
         for index in indexes:
             yield index, tar_facts(index, bar.update)
 

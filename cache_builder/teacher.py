@@ -8,7 +8,7 @@ Axes: B sample, N image, H head, Q text row (of all samples), V vision token, C 
 R response position, K top-k entry.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,11 +125,11 @@ class Teacher:
         return tokens
 
     @torch.inference_mode()
-    def signals(self, batch: SequenceBatch, vision: Float[Tensor, "N V C"]) -> Signals:
+    def signals(self, batch: SequenceBatch, vision: Sequence[Float[Tensor, "V C"]]) -> Signals:
         """Attention and log-probabilities of one batch.
 
         Args:
-            vision: vision tokens of the samples that have an image, in batch order.
+            vision: vision tokens of each sample that has an image, in batch order; on any device.
         """
         # Before the batch moves: no wait for the device.
         num_rows = int(batch.num_text_rows.max())
@@ -137,7 +137,7 @@ class Teacher:
         batch = batch.to(self._device)
         attention: dict[int, Tensor] = {}
         last = None
-        for hidden, layer, caught in self._decode(batch, vision.to(self._device), first_row):
+        for hidden, layer, caught in self._decode(batch, self._joined(vision), first_row):
             last = hidden
             if caught is not None and num_rows:
                 attention[layer] = _image_attention(caught, batch, num_rows)
@@ -149,6 +149,11 @@ class Teacher:
         return Signals(
             attention=attention, top_ids=top_ids, top_logprobs=top_logprobs, rest_logprobs=rest
         )
+
+    def _joined(self, vision: Sequence[Tensor]) -> Float[Tensor, "N V C"]:
+        if vision:
+            return torch.stack([tokens.to(self._device) for tokens in vision])
+        return torch.zeros(0, NUM_VISION, self.config.llama.hidden_size, device=self._device)
 
     def _decode(
         self, batch: SequenceBatch, vision: Tensor, first_row: int

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from cache_builder.gc import find_leftovers
 from cache_builder.values import wrong_digests, wrong_value
 from shared.cache import Cache, open_cache
@@ -16,7 +14,7 @@ from shared.errors import CacheError, DamagedError, MismatchError
 from shared.inside import Entry, open_inside, walk_inside
 from shared.plan import PLANS, plan_files, read_plan
 from shared.probe import compare_image, read_probe
-from shared.progress import IMPORTING, announced
+from shared.progress import IMPORTING, announced, progress
 from shared.readable import sha256_of
 from shared.reader import ShardReader
 from shared.record import ShardRecord, differences, no_cache, record_names
@@ -193,7 +191,7 @@ def _misfits(records: Mapping[str, ShardRecord]) -> Iterator[Problem]:
 
 def _check_files(root: Path, records: Collection[ShardRecord], workers: int) -> Iterator[Problem]:
     with (
-        tqdm(total=_size(records), unit="B", unit_scale=True, desc="verify") as bar,
+        progress("verify", "B", total=_size(records)) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
         for found in pool.map(lambda record: _check_shard(root, record, bar.update), records):
@@ -269,7 +267,7 @@ def _check_values(
     problems: list[Problem] = []
     total = sum(len(record.keys) for record in whole)
     with (
-        tqdm(total=total, unit="sample", desc="decode") as bar,
+        progress("decode", "sample", total=total) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
         for found in pool.map(lambda record: _check_samples(cache, record, bar.update), whole):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shared.errors import CheckpointError
 from shared.progress import progress
-from shared.readable import check_readable, is_file, is_folder
+from shared.readable import check_readable, is_file, is_folder, reading
 
 SETTINGS = (
     "config.json",
@@ -198,9 +198,8 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 def _open_safetensors(path: Path) -> Any:
     check_readable(path, CheckpointError)
     try:
-        return safe_open(str(path), framework="pt")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        with reading(path, CheckpointError):
+            return safe_open(str(path), framework="pt")
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged or not safetensors ({error})") from error
 
@@ -208,9 +207,8 @@ def _open_safetensors(path: Path) -> Any:
 def _load_bin(path: Path) -> dict[str, Tensor]:
     check_readable(path, CheckpointError)
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        with reading(path, CheckpointError):
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: damaged, or more than tensors in it ({reason})") from error
@@ -235,9 +233,8 @@ def _check_inside(path: Path, names: Iterable[str], inside: Iterable[str]) -> No
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        with reading(path, CheckpointError):
+            values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not isinstance(values, dict):

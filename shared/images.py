@@ -19,6 +19,7 @@ from jaxtyping import Float32
 from PIL import Image, UnidentifiedImageError
 
 from shared.errors import CheckpointError, UnusableSample
+from shared.readable import reading
 from shared.spec import Aspect
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -83,9 +84,8 @@ class ImageProcessor:
         """
         path = folder / "preprocessor_config.json"
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+            with reading(path, CheckpointError):
+                settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         # The torchvision class rounds pixels differently (up to 1/255), so the class is fixed.

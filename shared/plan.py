@@ -14,6 +14,7 @@ import msgspec
 
 from shared.errors import CacheError, DamagedError, printable
 from shared.inside import list_inside, read_inside
+from shared.readable import reading
 from shared.record import NAME
 from shared.sealed import MAX_BYTES, parse_json
 
@@ -37,10 +38,8 @@ def plan_files(root: Path) -> list[str]:
         DamagedError: the folder of the plans is a link.
         CacheError: it cannot be read.
     """
-    try:
+    with reading(root, CacheError):
         names = [entry.name for entry in list_inside(root, PLANS)]
-    except OSError as error:
-        raise CacheError(f"{root}: cannot be read ({error.strerror})") from error
     return [f"{PLANS}/{name}" for name in names if re.fullmatch(r"[^.].*\.json", name)]
 
 
@@ -57,10 +56,8 @@ def read_plan(root: Path, file: str) -> tuple[str, ...]:
         DamagedError: not a plan, or not as it was written.
         CacheError: it cannot be read.
     """
-    try:
+    with reading(root / file, CacheError):
         content = read_inside(root, file, MAX_BYTES)
-    except OSError as error:
-        raise CacheError(f"{root / file}: cannot be read ({error.strerror})") from error
     try:
         plan = msgspec.convert(parse_json(content), _Plan)
     except (ValueError, RecursionError) as error:

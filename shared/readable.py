@@ -7,7 +7,8 @@ no), and libraries give reasons of their own for a file that may not be read.
 import hashlib
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
 
@@ -51,20 +52,25 @@ def is_folder(path: Path, error: type[ProjectError]) -> bool:
     return stat.S_ISDIR(_mode(path, error))
 
 
+@contextmanager
+def reading(path: Path, error: type[ProjectError]) -> Iterator[None]:
+    """Of a block that reads `path`: an OSError becomes `error`, which names file and reason."""
+    try:
+        yield
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror or reason})") from reason
+
+
 def check_readable(path: Path, error: type[ProjectError]) -> None:
     """Raise `error` unless the file opens and its first byte can be read."""
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError as reason:
-        raise error(f"{path}: cannot be read ({reason.strerror})") from reason
+    with reading(path, error), path.open("rb") as file:
+        file.read(1)
 
 
 def _mode(path: Path, error: type[ProjectError]) -> int:
     """Type and mode; 0 if there is nothing."""
-    try:
-        return path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no name of a file
-        return 0
-    except OSError as reason:
-        raise error(f"{path}: cannot be read ({reason.strerror})") from reason
+    with reading(path, error):
+        try:
+            return path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no name of a file
+            return 0

@@ -36,9 +36,10 @@ from shared.errors import (
     printable,
 )
 from shared.inside import folder_inside, list_inside, read_inside
+from shared.readable import reading
 from shared.sealed import MAX_BYTES, parse_json, seal, unseal
 from shared.spec import CacheSpec
-from shared.strict import build, shown
+from shared.strict import parse, shown
 
 FORMAT = 1
 "Version of the layout on disk; written in every record, never guessed."
@@ -175,10 +176,8 @@ class ShardRecord(_Part, frozen=True, kw_only=True):
         """
         file = f"{RECORDS}/{name}.json"
         path = root / file
-        try:
+        with reading(path, CacheError):
             content = read_inside(root, file, MAX_BYTES, folder)
-        except OSError as error:
-            raise CacheError(f"{path}: cannot be read ({error.strerror})") from error
         try:
             record = _parsed(path, unseal(path, content))
             # Not in __post_init__: a Cache holds records without their samples.
@@ -257,10 +256,8 @@ def record_names(root: Path) -> list[str]:
         DamagedError: the folder of the records is a link.
         CacheError: it cannot be read.
     """
-    try:
+    with reading(root, CacheError):
         entries = list_inside(root, RECORDS)
-    except OSError as error:
-        raise CacheError(f"{root}: cannot be read ({error.strerror})") from error
     names = [entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json")]
     return [name for name in names if NAME.fullmatch(name)]
 
@@ -281,12 +278,9 @@ def iter_records(root: Path) -> Iterator[ShardRecord]:
     names = record_names(root)
     if not names:
         return
-    try:
-        with folder_inside(root, RECORDS) as folder:
-            for name in names:
-                yield ShardRecord.load(root, name, folder)
-    except OSError as error:
-        raise CacheError(f"{root}: cannot be read ({error.strerror})") from error
+    with reading(root, CacheError), folder_inside(root, RECORDS) as folder:
+        for name in names:
+            yield ShardRecord.load(root, name, folder)
 
 
 def compare(
@@ -345,7 +339,7 @@ def spec_of(record: ShardRecord) -> CacheSpec:
         DamagedError: it is not a spec that this version knows.
     """
     try:
-        return build(CacheSpec, record.identity["spec"], where=f"shard {record.name}: spec")
+        return parse(CacheSpec, record.identity["spec"], where=f"shard {record.name}: spec")
     except ConfigError as error:
         raise DamagedError(f"shard {record.name}: unreadable spec ({error})") from error
 

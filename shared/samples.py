@@ -24,7 +24,7 @@ from shared.bounds import MAX_SAMPLES, MAX_TEXT, check_containers
 from shared.conversation import Conversation, parse_annotation
 from shared.errors import InputError, UnusableSample, printable
 from shared.progress import progress
-from shared.readable import NO_URLS, is_file, is_folder, is_url, sha256_of
+from shared.readable import NO_URLS, is_file, is_folder, is_url, reading, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -249,12 +249,9 @@ def read_members(tar: Path, entry: SampleEntry) -> tuple[bytes, bytes | None]:
     Raises:
         InputError: the tar cannot be read at all.
     """
-    try:
-        with tar.open("rb") as file:
-            annotation = _read(file.fileno(), entry.annotation)
-            return annotation, _read(file.fileno(), entry.image) if entry.image else None
-    except OSError as error:
-        raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
+    with reading(tar, InputError), tar.open("rb") as file:
+        annotation = _read(file.fileno(), entry.annotation)
+        return annotation, _read(file.fileno(), entry.image) if entry.image else None
 
 
 def parse_sample(key: str, annotation: bytes, image: bytes | None) -> Sample:
@@ -275,11 +272,8 @@ def read_image(tar: Path, entry: SampleEntry) -> bytes | None:
     """
     if entry.image is None:
         return None
-    try:
-        with tar.open("rb") as file:
-            return _read(file.fileno(), entry.image)
-    except OSError as error:
-        raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
+    with reading(tar, InputError), tar.open("rb") as file:
+        return _read(file.fileno(), entry.image)
 
 
 class _Headers(io.BufferedReader):
@@ -381,8 +375,5 @@ def tar_sha256(path: Path, advance: Callable[[int], object] = lambda _: None) ->
     Raises:
         InputError: the tar cannot be read.
     """
-    try:
-        with path.open("rb", buffering=0) as file:
-            return sha256_of(file, advance)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path, InputError), path.open("rb", buffering=0) as file:
+        return sha256_of(file, advance)

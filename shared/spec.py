@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from shared.bounds import MAX_LAYERS, MAX_TOKENS, MAX_TOP_K, check_range
 from shared.encodings import AttentionEncoding, LogprobEncoding, VisionEncoding
-from shared.strict import build, find_yaml, read_yaml, shown
+from shared.strict import find_yaml, parse, read_yaml, shown
 
 Template = Literal["plain", "v1"]
 Aspect = Literal["pad", "square"]
@@ -87,7 +87,7 @@ class CacheSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "spec") -> "CacheSpec":
         """Strict: an unknown key raises ConfigError and names the nearest known one."""
-        return build(cls, values, where)
+        return parse(cls, values, where)
 
     @classmethod
     def load(cls, name: str | Path) -> "CacheSpec":

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from shared.errors import ConfigError
-from shared.readable import is_file
+from shared.readable import is_file, reading
 
 T = TypeVar("T")
 
@@ -52,9 +52,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not YAML, has a key twice, or is not a mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        with reading(path, ConfigError):
+            values = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -80,7 +79,7 @@ class _DistinctKeys(yaml.SafeLoader):
         return values
 
 
-def build(cls: type[T], values: object, where: str) -> T:
+def parse(cls: type[T], values: object, where: str) -> T:
     """An instance of the dataclass `cls` from a mapping; `where` names it in messages.
 
     Raises:
@@ -126,7 +125,7 @@ def convert(hint: Any, value: object, where: str) -> Any:
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)  # type: ignore[arg-type]
+        return parse(hint, value, where)  # type: ignore[arg-type]
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:

@@ -15,7 +15,7 @@ import yaml
 
 from shared.errors import ConfigError
 from shared.spec import Aspect, Template
-from shared.strict import build, find_yaml, read_yaml
+from shared.strict import find_yaml, parse, read_yaml
 
 _AT_LEAST_ONE = (
     "epochs", "max_steps", "global_batch", "micro_batch", "log_every", "save_every",
@@ -167,7 +167,7 @@ def load_recipe(name: str, settings: Sequence[str]) -> Recipe:
     values = read_yaml(path)
     for setting in settings:
         _apply(values, setting)
-    return build(Recipe, values, where=" ".join([str(path), *(f"--set {s}" for s in settings)]))
+    return parse(Recipe, values, where=" ".join([str(path), *(f"--set {s}" for s in settings)]))
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:

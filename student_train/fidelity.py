@@ -31,7 +31,7 @@ from shared.samples import expand_tars
 from shared.tokenizer import load_tokenizer
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe, load_recipe
-from student_train.plan import micro_batches
+from student_train.loading import micro_batches
 from student_train.setup import Inputs, check_fit, make_student
 from student_train.student import TERMS, AlignedStudent
 from student_train.training_set import TrainingSet, load_training_set

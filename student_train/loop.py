@@ -28,7 +28,7 @@ from shared.stopping import StopRequest
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet, Scores
-from student_train.plan import micro_batches
+from student_train.loading import micro_batches
 from student_train.runs import RunFolder
 from student_train.student import TERMS, AlignedStudent
 from student_train.training_set import TrainingSet

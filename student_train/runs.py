@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoint import copy_settings, write_weights
 from shared.errors import TrainingError
 from shared.mobilevlm import MobileVLM
-from shared.readable import is_file
+from shared.readable import is_file, reading
 from shared.record import differences
 from shared.store import put_file
 from student_train.config import MAY_CHANGE
@@ -166,11 +166,8 @@ def file_sha256(path: Path) -> str:
     Raises:
         TrainingError: it cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be read ({error})") from error
+    with reading(path, TrainingError), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_adapters(adapters: Adapters, path: Path) -> None:

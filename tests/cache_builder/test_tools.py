@@ -79,10 +79,9 @@ def snapshot(folder: Path) -> dict[str, Any]:
 def test_a_whole_cache_is_all_good_and_stays_as_it_is(root: Path) -> None:
     before = snapshot(root)
 
-    code, stdout, stderr = run("verify", root, "--decode", "--workers", 2)
+    code, stdout, _ = run("verify", root, "--decode", "--workers", 2)
 
     assert (code, stdout.splitlines()[-1].endswith(", 4 samples decoded: all good")) == (0, True)
-    assert "verify" in stderr
     assert snapshot(root) == before
 
 

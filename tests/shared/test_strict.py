@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from shared.errors import ConfigError
-from shared.strict import build, read_yaml
+from shared.strict import parse, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ GOOD: dict[str, Any] = {"name": "Ann", "hull": {"metres": 9}}
 def test_values_become_the_types_of_their_fields() -> None:
     given = {**GOOD, "crew": ["Bo"], "depths": {"3": "2e-5"}, "flag": None, "masts": 2}
 
-    found = build(Boat, given, "boat")
+    found = parse(Boat, given, "boat")
 
     assert found == Boat(name="Ann", hull=Hull(metres=9.0), crew=("Bo",), depths={3: 2e-5}, masts=2)
     assert type(found.hull.metres) is float
@@ -71,7 +71,7 @@ def test_values_become_the_types_of_their_fields() -> None:
 )
 def test_a_wrong_value_is_named_with_its_place(change: dict[Any, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        build(Boat, {**GOOD, **change}, "boat")
+        parse(Boat, {**GOOD, **change}, "boat")
 
     assert message in str(error.value)
 
@@ -79,7 +79,7 @@ def test_a_wrong_value_is_named_with_its_place(change: dict[Any, Any], message: 
 @pytest.mark.parametrize("values", [None, 5, "boat", [GOOD]])
 def test_what_is_no_mapping_is_refused(values: object) -> None:
     with pytest.raises(ConfigError, match="boat: expected a mapping of keys"):
-        build(Boat, values, "boat")
+        parse(Boat, values, "boat")
 
 
 def test_yaml_that_would_run_code_is_refused(tmp_path: Path) -> None:

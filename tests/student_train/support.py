@@ -18,7 +18,7 @@ from shared.cache import Cache
 from shared.checkpoint import ModelFolder
 from shared.images import ImageProcessor
 from shared.mobilevlm import load_model
-from shared.strict import build
+from shared.strict import parse
 from shared.tokenizer import load_tokenizer
 from student_train.batch import TrainingBatch
 from student_train.cli import train_student
@@ -66,7 +66,7 @@ def _mixed_sample(n: int) -> list[tuple[str, bytes]]:
 
 def recipe(**changes: Any) -> Recipe:
     """The tests' recipe with some fields changed."""
-    return build(Recipe, {**RECIPE, **changes}, where="test")
+    return parse(Recipe, {**RECIPE, **changes}, where="test")
 
 
 def training_set(

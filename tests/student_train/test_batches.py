@@ -20,7 +20,7 @@ from shared.samples import Member, SampleEntry
 from shared.spec import canonical_digest
 from student_train.batch import TrainingBatch
 from student_train.entries import Entries
-from student_train.plan import micro_batches, plan_epoch
+from student_train.loading import micro_batches, plan_epoch
 from student_train.student import TERMS
 from student_train.training_set import TrainingSet
 from tests.student_train.support import (

@@ -131,7 +131,7 @@ class Target:
         values = copy.deepcopy(self.values)
         stored = {"size": len(content), "sha256": sha256(content).hexdigest()}
         values["files"][path.relative_to(self.data).as_posix()] = stored
-        self.try_cache(target, {path: content, self.record: seal(values).encode()})
+        self.try_cache(target, {path: content, self.record: seal(values)})
 
     def _read(self) -> None:
         cache = open_cache(self.cache)
@@ -280,7 +280,7 @@ def make_tests(target: Target) -> dict[str, Callable[[Any], None]]:
 
     def record_values(data: st.DataObject) -> None:
         changed = data.draw(changed_json(target.values))
-        target.try_cache("record: values", {target.record: seal(changed).encode()})
+        target.try_cache("record: values", {target.record: seal(changed)})
 
     def record_bytes(data: st.DataObject) -> None:
         rest = data.draw(changed_bytes(files[target.record][77:]))

@@ -78,7 +78,7 @@ def write_records(root: Path, shards: int, samples: int) -> int:
             images=tuple(n // 2 for n in range(samples)), skipped=(), files=files, probe=(),
         )  # fmt: skip
         path = root / RECORDS / f"{name}.json"
-        path.write_text(record.to_json())
+        path.write_bytes(record.to_json())
         size += path.stat().st_size
     return size
 

@@ -95,23 +95,32 @@ def check_identity(identity: Mapping[str, Any]) -> None:
 
 
 def _check_extent(identity: Mapping[str, Any]) -> None:
-    """Walked without recursion: what is compared and printed later is neither deep nor long."""
-    pending: list[tuple[int, Any]] = [(0, identity)]
-    seen = 0
-    while pending:
-        depth, value = pending.pop()
-        seen += 1
-        if depth > _MAX_DEPTH or seen > _MAX_LEAVES:
-            raise ValueError(f"identity has over {_MAX_DEPTH} levels or over {_MAX_LEAVES} values")
-        if isinstance(value, str):  # most are
-            if len(value) > _MAX_STRING:
-                raise ValueError(f"identity holds a text of {len(value)} characters")
-        elif isinstance(value, dict):
-            pending += [(depth + 1, item) for pair in value.items() for item in pair]
-        elif isinstance(value, list):
-            pending += [(depth + 1, item) for item in value]
-        elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= _INT64):
-            raise ValueError(f"identity holds the number {shown(value)}")
+    """Walked level by level: what is compared and printed later is neither deep nor long."""
+    level: list[Any] = [identity]
+    seen = 1
+    for _ in range(_MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for value in level:
+            if not isinstance(value, dict | list):
+                _check_leaf(value)
+                continue
+            seen += len(value) * (2 if isinstance(value, dict) else 1)
+            if seen > _MAX_LEAVES:  # before any of them is looked at
+                raise ValueError(f"identity has over {_MAX_LEAVES} values")
+            inner += [*value, *value.values()] if isinstance(value, dict) else value
+        level = inner
+    if level:
+        raise ValueError(f"identity has over {_MAX_DEPTH} levels")
+
+
+def _check_leaf(value: object) -> None:
+    if isinstance(value, str) and len(value) > _MAX_STRING:
+        raise ValueError(f"identity holds a text of {len(value)} characters")
+    # An int of 400 digits is no float.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"identity holds the number {value}")
+    if isinstance(value, int | float) and abs(value) > _INT64:
+        raise ValueError(f"identity holds the number {shown(value)}")
 
 
 def check_samples(keys: Sequence[str], lengths: Sequence[int], images: Sequence[int]) -> None:

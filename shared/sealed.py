@@ -15,14 +15,16 @@ from shared.bounds import check_containers
 from shared.errors import MismatchError
 
 MAX_BYTES = 16 * 2**20
-"Largest record or plan. Reading one takes up to 25 times as much memory (`make malicious`)."
+"Largest record or plan. Reading one takes up to 30 times as much memory (`make malicious`)."
 _HEAD = re.compile(rb'\{"sha256":"([0-9a-f]{64})",')
 
 
-def seal(values: Mapping[str, Any]) -> str:
+def seal(values: Mapping[str, Any]) -> bytes:
     """JSON that begins with the sha256 of all that follows that digest."""
-    rest = json.dumps(values, ensure_ascii=True, separators=(",", ":"))[1:]
-    return f'{{"sha256":"{hashlib.sha256(rest.encode()).hexdigest()}",{rest}'
+    rest = json.dumps(values, ensure_ascii=False, separators=(",", ":"))[1:]
+    # Halves of characters (a tar may name members so) have no UTF-8, but JSON's escape.
+    content = rest.encode("utf-8", "backslashreplace")
+    return b'{"sha256":"%s",%s' % (hashlib.sha256(content).hexdigest().encode(), content)
 
 
 def unseal(path: Path, content: bytes) -> bytes:
@@ -53,14 +55,15 @@ def unseal(path: Path, content: bytes) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON of a stranger: no key twice, no NaN, no more lists and objects than a record needs.
+    """JSON of a stranger, in UTF-8: no key twice, no NaN, no more lists and objects than a record
+    needs.
 
     Raises:
         ValueError: not such JSON.
         RecursionError: nested too deep.
     """
     check_containers(content)
-    return json.loads(content, object_pairs_hook=_distinct, parse_constant=_no_constant)
+    return json.loads(content.decode(), object_pairs_hook=_distinct, parse_constant=_no_constant)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

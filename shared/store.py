@@ -81,8 +81,9 @@ def new_shard(root: Path, name: str, **facts: Any) -> Iterator[ShardWriter]:
             writer = ShardWriter(group=group)
             yield writer
             record = ShardRecord(name=name, data=data, files=_seal(root / data), **facts)
+            content = record.to_json()
         # From here on the record may name the folder, whatever is raised: it stays.
-        writer.record = _commit(root, record)
+        writer.record = _commit(root, record, content)
     except OSError as error:
         raise CacheError(
             f"{root}: shard {name} cannot be written ({error.strerror or error}); only "
@@ -160,7 +161,7 @@ def _seal(folder: Path) -> dict[str, StoredFile]:
     return files
 
 
-def _commit(root: Path, record: ShardRecord) -> ShardRecord:
+def _commit(root: Path, record: ShardRecord, content: bytes) -> ShardRecord:
     """Put the record in place, or take the one that another build put there meanwhile."""
     path = root / RECORDS / f"{record.name}.json"
     if path.exists():
@@ -174,7 +175,7 @@ def _commit(root: Path, record: ShardRecord) -> ShardRecord:
         return there
     _make_folder(path.parent)
     _sync_folder(root)  # a run that was killed may have made these folders and not got here
-    _put(path, record.to_json().encode())
+    _put(path, content)
     return record
 
 

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -334,11 +335,40 @@ def _texts(text: str, *more: str) -> Callable[[Forge], None]:
     return make
 
 
+def _in_identity(
+    begin: bytes, piece: Callable[[int], bytes], end: bytes
+) -> Callable[[Forge], None]:
+    """A value in a record's identity, of as many pieces as a record may hold."""
+
+    def make(forge: Forge) -> None:
+        before, section, behind = forge.record.read_bytes()[77:].partition(b'"image_processor":{')
+        room = MAX_BYTES - len(before) - len(behind) - 1000
+        pieces = []
+        for number in count():
+            pieces.append(piece(number))
+            room -= len(pieces[-1]) + 1
+            if room < 0:
+                break
+        more = b'"more":' + begin + b",".join(pieces) + end
+        forge.write_record(before + section + more + b"," + behind)
+
+    return make
+
+
+def _other_encoding(encoding: str) -> Callable[[Forge], None]:
+    def make(forge: Forge) -> None:
+        content = b"{" + forge.record.read_bytes()[77:]
+        # Its first byte stands behind the digest's `,` in place of `{`.
+        forge.write_record(content.decode().encode(encoding).removeprefix(b"{"))
+
+    return make
+
+
 def _valid_but_large(forge: Forge) -> None:
     values = json.loads(forge.record.read_bytes())
     del values["sha256"]
     values["identity"]["teacher"]["note"] = "a" * 10**8
-    forge.record.write_text(seal(values))
+    forge.record.write_bytes(seal(values))
 
 
 def _own_lengths(forge: Forge) -> None:
@@ -478,6 +508,10 @@ CASES: dict[str, Callable[[Forge], None]] = {
         lambda v: v["identity"].update(more=json.loads("[" * 500 + "]" * 500))
     ),
     "record: a number of 5000 digits": lambda f: f.write_record(b'"a":' + b"9" * 5000 + b"}"),
+    "record: a number of 400 digits in the identity": lambda f: f.edit(
+        lambda values: values["identity"]["image_processor"].update(more=10**399)
+    ),
+    "record: UTF-16": _other_encoding("utf-16-le"),
     "record: NaN": lambda f: f.write_record(b'"a":NaN}'),
     "record: a key twice": lambda f: f.write_record(b'"format":1,"format":1}'),
     "record: half a character in a sample's key": _field(keys=["\ud800", "s1"]),
@@ -635,6 +669,15 @@ DECODE_CASES: dict[str, Callable[[Forge], None]] = {
 
 SLOW_CASES: dict[str, Callable[[Forge], None]] = {
     "record: 16 MiB of two-letter texts": _texts("ab"),
+    "record: an identity with 16 MiB of one-letter texts": _in_identity(
+        b"[", lambda _: b'"a"', b"]"
+    ),
+    "record: an identity with 16 MiB of numbers with large exponents": _in_identity(
+        b"[", lambda _: b"1e308", b"]"
+    ),
+    "record: an identity with 16 MiB of names in one object": _in_identity(
+        b"{", lambda number: b'"%x":1' % number, b"}"
+    ),
     "record: 16 MiB of one letter, read with 4 bytes each": _texts("ā", "\U0001f600"),
     "record: a probe of 100,000 samples": _field(
         probe=[{"key": f"{n}", "pixels_sha256": None} for n in range(100_000)]

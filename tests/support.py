@@ -220,7 +220,7 @@ def edit_record(out: Path, shard: str, edit: Callable[[dict[str, Any]], object])
     values = json.loads(path.read_text())
     del values["sha256"]
     edit(values)
-    path.write_text(seal(values))
+    path.write_bytes(seal(values))
 
 
 def skipped(out: Path, shard: str) -> dict[str, str]:

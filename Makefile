@@ -28,13 +28,17 @@ build-costs: .venv/.dev
 memory: .venv/.dev
 	$(BIN)/python -m benchmarks.memory
 probe-costs: .venv/.dev
-	$(BIN)/python -m benchmarks.probe > docs/probe.txt
+	$(BIN)/python -m benchmarks.probe > docs/probe.txt.new
+	mv docs/probe.txt.new docs/probe.txt
 bit-flips: .venv/.dev
-	$(BIN)/python -m benchmarks.bit_flips --flips 1000 > docs/trust/bit_flips.txt
+	$(BIN)/python -m benchmarks.bit_flips --flips 1000 > docs/trust/bit_flips.txt.new
+	mv docs/trust/bit_flips.txt.new docs/trust/bit_flips.txt
 malicious: .venv/.dev
-	$(BIN)/python -m benchmarks.malicious_caches > docs/trust/malicious.md
+	$(BIN)/python -m benchmarks.malicious_caches > docs/trust/malicious.md.new
+	mv docs/trust/malicious.md.new docs/trust/malicious.md
 fuzz: .venv/.dev
-	$(BIN)/python -m benchmarks.fuzz --minutes 10 > docs/trust/fuzz.txt
+	$(BIN)/python -m benchmarks.fuzz --minutes 10 > docs/trust/fuzz.txt.new
+	mv docs/trust/fuzz.txt.new docs/trust/fuzz.txt
 bench-encodings: .venv/.bench
 	$(BIN)/python -m benchmarks.encodings
 bench-reader: .venv/.bench

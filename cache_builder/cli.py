@@ -31,6 +31,7 @@ from shared.progress import IMPORTING, announced
 
 if TYPE_CHECKING:
     from cache_builder.estimate import Estimate
+    from cache_builder.skips import SkipLimit
     from cache_builder.summary import Summary
     from shared.spec import CacheSpec
 
@@ -86,7 +87,7 @@ def build_cache(
 
     loaded_spec, tars, limit = CacheSpec.load(spec), expand_tars(data), SkipLimit.parse(max_skipped)
     if dry_run:
-        _dry_run(loaded_spec, teacher, vision_tower, tars, out, dtype, as_json)
+        _dry_run(loaded_spec, teacher, vision_tower, tars, out, dtype, limit, as_json)
         return
     try:
         with stop_on_sigterm() as stop:
@@ -166,7 +167,7 @@ def info(cache: Path, as_json: bool) -> None:
 
 def _dry_run(
     spec: "CacheSpec", teacher: str, vision_tower: str | None, tars: list[Path], out: Path,
-    dtype: str | None, as_json: bool,
+    dtype: str | None, limit: "SkipLimit", as_json: bool,
 ) -> None:  # fmt: skip
     with announced(IMPORTING):
         import msgspec
@@ -179,7 +180,18 @@ def _dry_run(
     else:
         there = len(tars) - found.tars
         lines = [f"{there} of {len(tars)} tars have their shard in {out} already"] if there else []
-        click.echo("\n".join([*lines, *_estimate_lines(found)]))
+        click.echo("\n".join([*lines, *_estimate_lines(found), *_over_limit(found, limit)]))
+
+
+def _over_limit(found: "Estimate", limit: "SkipLimit") -> list[str]:
+    expected = round(len(found.skipped) * found.samples / max(1, found.examined))
+    allowed = limit.allowed(found.samples)
+    if expected <= allowed:
+        return []
+    return [
+        f"A build would stop: some {expected} of {found.samples} samples cannot be used, "
+        f"--max-skipped {limit.text} allows {allowed}"
+    ]
 
 
 def _estimate_lines(found: "Estimate") -> list[str]:

@@ -1,6 +1,8 @@
 """Which tars are to be built, and whether the others are what their shards were built from."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ _ADVICE = (
     "Name the tar that the shard was built from. Another data set needs tars of other names "
     "(cache-tools pack --prefix), or a cache of its own."
 )
+_READERS = min(8, len(os.sched_getaffinity(0)))
+"Tars that are read at a time: hashing takes a core, a disk or network more than one reader."
 
 
 def find_pending(
@@ -69,11 +73,17 @@ def refuse_other_tars(
 
 
 def each_tar_facts(indexes: Sequence[TarIndex]) -> Iterator[tuple[TarIndex, TarFacts]]:
-    """Facts of tar after tar; all their bytes are read, so a bar says how far that is."""
+    """Facts of tar after tar; all their bytes are read, several tars at a time, and a bar says how
+    far that is.
+    """
     total = sum(index.path.stat().st_size for index in indexes)
+    pool = ThreadPoolExecutor(_READERS, "tar")
     with progress("check tars", "B", total=total) as bar:
-        for index in indexes:
-            yield index, tar_facts(index, bar.update)
+        try:
+            facts = pool.map(lambda index: tar_facts(index, bar.update), indexes)
+            yield from zip(indexes, facts, strict=True)
+        finally:  # where one differs, the others are not read
+            pool.shutdown(cancel_futures=True)
 
 
 def tar_facts(index: TarIndex, advance: Callable[[int], object] = lambda _: None) -> TarFacts:

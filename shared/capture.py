@@ -87,7 +87,8 @@ def text_to_vision(
         )
         # Computed again for the gradient, or the scores of all blocks would be kept for it.
         keeps = query_BHQD.requires_grad or key_BHTD.requires_grad
-        run = partial(checkpoint, _weights, use_reentrant=False) if keeps else _weights
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        run = partial(again, _weights) if keeps else _weights
         weight_BHQV = torch.cat([run(q, key_BHTD, row, column_BV) for q, row in blocks], dim=2)
     rows_BHQV: Tensor = weight_BHQV * real_BQ[:, None, :, None]
     return rows_BHQV

@@ -68,12 +68,15 @@ class ModelFolder:
         Raises:
             CheckpointError: no weights in the folder.
         """
-        for single in _WEIGHTS:
-            index = self._find(f"{single}.index.json")
-            if index:
-                return _weight_map(index)
-            if self._find(single):
-                return dict.fromkeys(self._names_in(single), single)
+        names = [name for single in _WEIGHTS for name in (f"{single}.index.json", single)]
+        # What was fetched before comes first: it needs no network, which would be asked in vain for
+        # the names that a model does not have.
+        for name in sorted(names, key=lambda name: not is_file(self.path / name, CheckpointError)):
+            found = self._find(name)
+            if found and name.endswith(".json"):
+                return _weight_map(found)
+            if found:
+                return dict.fromkeys(self._names_in(name), name)
         raise CheckpointError(
             f"{self.name}: no weights ({', '.join(_WEIGHTS)} or their .index.json)"
         )
@@ -116,9 +119,11 @@ class ModelFolder:
             ) from error
 
     def _find(self, file: str) -> Path | None:
+        path = self.path / file
+        if is_file(path, CheckpointError):
+            return path
         if self._fetch is None:
-            path = self.path / file
-            return path if is_file(path, CheckpointError) else None
+            return None
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,14 +92,21 @@ class HeldOutSet:
     ) -> None:
         """Index the tars.
 
+        Args:
+            limit: samples that are scored, evenly spread over the tars; None for all.
+
         Raises:
             InputError: a tar cannot be read.
             TrainingError: the tars hold no sample.
         """
         indexes = index_tars(tars)
-        self._entries = [(index, entry) for index in indexes for entry in index.samples][:limit]
-        if not self._entries:
+        entries = [(index, entry) for index in indexes for entry in index.samples]
+        if not entries:
             raise TrainingError(f"no sample in {len(tars)} held-out tars")
+        number = min(limit or len(entries), len(entries))
+        places = np.linspace(0, len(entries) - 1, number).round().astype(int)
+        self._entries = [entries[place] for place in places]
+        self._unread = sum(len(index.skipped) for index in indexes)
         self._template, self._max_tokens = template, max_tokens
         self._tokenizer, self._processor = tokenizer, processor
         self._max_new_tokens = max_new_tokens
@@ -111,7 +119,7 @@ class HeldOutSet:
         """Scores of this process's share of the samples."""
         training = model.training
         model.eval()
-        total = Scores()
+        total = Scores(skipped=0 if rank else self._unread)
         mine = self._entries[rank::world]
         with progress("evaluate", "sample", total=len(mine)) as bar:
             for start in range(0, len(mine), _BATCH):

@@ -22,8 +22,9 @@ from torch import Tensor
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder
 from shared.console import FOLDER, Command, configure_logging
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, TrainingError
 from shared.images import ImageProcessor
+from shared.memory import fitting
 from shared.mobilevlm import keep_float32, load_model
 from shared.progress import progress
 from shared.readable import is_file
@@ -45,6 +46,7 @@ GROUPS = {
 }  # fmt: skip
 "Group of parameters -> prefix of their names."
 
+_LESS = "--set micro_batch and global_batch to less, and gradient_checkpointing=true"
 _ACCEPTED = "name the folder of a run as --student: what that run accepted is accepted here too."
 
 
@@ -289,8 +291,9 @@ def main(
     reports = []
     for name in students:
         inputs = inputs_of(name, vision_tower, theirs, data)
-        pair = load_pair(inputs, chosen, ours, theirs, name)
-        reports.append(dataclasses.asdict(measure_student(pair, torch.device(device))))
+        pair, place = load_pair(inputs, chosen, ours, theirs, name), torch.device(device)
+        with fitting(f"{name}: its gradients in float32 need", place, _LESS, TrainingError):
+            reports.append(dataclasses.asdict(measure_student(pair, place)))
     click.echo(json.dumps(reports))
 
 

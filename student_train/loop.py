@@ -16,7 +16,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -29,12 +34,15 @@ from student_train.batch import TrainingBatch
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet, Scores
 from student_train.loading import micro_batches
-from student_train.runs import RunFolder
+from student_train.runs import RunFolder, whole_or_gone
 from student_train.student import TERMS, AlignedStudent
 from student_train.training_set import TrainingSet
 from student_train.watch import Watch
 
 log = logging.getLogger(__name__)
+
+
+_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +90,13 @@ def train(
     Raises:
         Stopped: a stop was asked for while the loop was not running.
         TrainingError: fewer samples than a global batch, a batch that the processes cannot share,
-            a micro-batch that needs more memory than the device has, or a loss that is not finite.
+            a micro-batch that needs more memory than the device has, a loss or gradient that is
+            not finite, or a checkpoint that cannot be written.
     """
     recipe, stop, device = training_set.recipe, stop or StopRequest(), accelerator.device
     last_step = num_steps(training_set, accelerator.num_processes)
     optimizer = make_optimizer(student, recipe)
     scheduler = LambdaLR(optimizer, warmup_cosine(recipe.optim.warmup, last_step))
-    if recipe.gradient_checkpointing:
-        student.model.llm.activation_checkpointing_enable({"use_reentrant": False})
     with (
         announced(f"moving the student to {device}"),
         fitting("the student needs", device, "a smaller one, or a GPU with more", TrainingError),
@@ -116,12 +123,13 @@ def train(
             with fitting(
                 f"step {step}: micro-batches of {recipe.micro_batch} need", device,
                 "--set micro_batch to less changes no result, --set gradient_checkpointing=true "
-                "trades time for memory; weights, gradients and AdamW alone take 16 bytes a "
-                "parameter", TrainingError,
+                "trades time for memory; weights, gradients and AdamW alone take 16 to 20 "
+                "bytes a parameter", TrainingError,
             ):  # fmt: skip
                 terms = _gradients(module, student, micro, accelerator)
                 norm = accelerator.clip_grad_norm_(module.parameters(), recipe.optim.clip_norm)
-                watch.check(step, terms, micro)
+                # float16's scaler meets an infinite gradient itself: it leaves the step out.
+                watch.check(step, terms, 0.0 if accelerator.scaler else float(norm), micro)
                 rate = float(scheduler.get_last_lr()[0])
                 optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # float16 overflowed: the scaler retries
@@ -152,16 +160,28 @@ def make_accelerator(recipe: Recipe, *, cpu: bool) -> Accelerator:
     """Devices and number format; processes come from torchrun or accelerate launch.
 
     Raises:
-        ConfigError: float16 without a GPU, where accelerate would quietly train in float32; or
-            processes that torchrun started, but accelerate cannot join.
+        ConfigError: float16 without a GPU, where accelerate would quietly train in float32;
+            processes that torchrun started, but accelerate cannot join; or an accelerate that is
+            set up for anything but data-parallel training.
     """
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[recipe.precision]
     # A micro-batch of text only uses neither the projector nor the adapters.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    parallel = DistributedDataParallelKwargs(
+        find_unused_parameters=True, gradient_as_bucket_view=True
+    )
     keep_float32()
     # Others wait while the main process writes a checkpoint, perhaps to a slow disk.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[unused, patient])
+    accelerator = Accelerator(
+        mixed_precision=mixed, cpu=cpu, kwargs_handlers=[parallel, patient],
+        # The recipe splits batches; accelerate's environment would divide the gradient once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )  # fmt: skip
+    if accelerator.distributed_type not in _DATA_PARALLEL:
+        raise ConfigError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, but this trains "
+            "data-parallel only: start it with torchrun, or choose MULTI_GPU in accelerate config"
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ConfigError(
@@ -237,14 +257,20 @@ def save_checkpoint(run: RunFolder, accelerator: Accelerator, state: RunState, k
 
     Args:
         keep: checkpoints that stay.
+
+    Raises:
+        TrainingError: it cannot be written.
     """
     partial = run.checkpoint_path(state.step).with_suffix(".partial")
-    accelerator.save_state(str(partial))
+    with whole_or_gone(partial):
+        accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            (partial / "progress.json").write_text(json.dumps(asdict(state)))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            run.commit_checkpoint(partial, state.step)
     if accelerator.is_main_process:
-        (partial / "progress.json").write_text(json.dumps(asdict(state)))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        run.commit_checkpoint(partial, state.step, keep)
+        run.drop_checkpoints(keep)
     accelerator.wait_for_everyone()
 
 

@@ -6,7 +6,7 @@ count of the whole global batch, so that the same batch gives the same loss and 
 is split over micro-batches and processes.
 
 Axes: N sample with an image, H student head, Q text row, V vision token, C student channel,
-R response position, K cached top-k entry.
+R response position, K cached top-k entry, J label, top-k entries and the rest: K + 2.
 """
 
 from collections.abc import Iterable
@@ -51,10 +51,10 @@ def cross_entropy_and_topk_kl(
         direction: `reverse` is KL(student || teacher), the paper's; `forward` is
             KL(teacher || student).
     """
-    found = _Reduced.apply(logits, labels, top_ids)  # type: ignore[no-untyped-call]
+    logit_RJ = _Reduced.apply(logits, labels, top_ids)  # type: ignore[no-untyped-call]
     # Both losses are of differences; those of logits near zero round least.
-    found = found - found.detach().amax(dim=-1, keepdim=True)
-    label, buckets = found[:, 0], found[:, 1:]
+    logit_RJ = logit_RJ - logit_RJ.detach().amax(dim=-1, keepdim=True)
+    label, buckets = logit_RJ[:, 0], logit_RJ[:, 1:]
     total = buckets.logsumexp(dim=-1)
     student, teacher = buckets - total[:, None], top_logprobs.float()
     if rest_logprobs is None:
@@ -96,12 +96,13 @@ class _Reduced(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "R K_plus_2"]) -> tuple[Tensor, None, None]:
         logits, picked, others = ctx.saved_tensors
-        found = torch.empty_like(logits)
-        for out, part, known, rest, slope in _blocks(found, logits, picked, others, grad):
+        grad_logits = torch.empty_like(logits)
+        for into, part, known, rest, slope in _blocks(grad_logits, logits, picked, others, grad):
+            # Of the others: their softmax among themselves, times the slope of their logsumexp.
             block = (part.float() - rest).exp_().mul_(slope[:, -1:])
             block.scatter_(-1, known[:, 1:], 0)  # not among the others; may be infinite
-            out.copy_(block.scatter_add_(-1, known, slope[:, :-1]))
-        return found, None, None
+            into.copy_(block.scatter_add_(-1, known, slope[:, :-1]))
+        return grad_logits, None, None
 
 
 def _blocks(logits: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,15 +110,19 @@ class RunFolder:
         """Where the checkpoint of a step is to lie."""
         return self.path / "checkpoints" / f"step-{step:08d}"
 
-    def commit_checkpoint(self, partial: Path, step: int, keep: int) -> None:
-        """Give a written checkpoint its lineage and final name; delete the oldest, and halves."""
+    def commit_checkpoint(self, partial: Path, step: int) -> None:
+        """Give a written checkpoint its lineage and final name."""
         (partial / "lineage.json").write_text(json.dumps(self._written, indent=1) + "\n")
         for file in partial.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         partial.replace(self.checkpoint_path(step))
-        for old in (*self.checkpoints()[:-keep], *partial.parent.glob("*.partial")):
+
+    def drop_checkpoints(self, keep: int) -> None:
+        """Delete all but the newest, and halves."""
+        halves = (self.path / "checkpoints").glob("*.partial")
+        for old in (*self.checkpoints()[:-keep], *halves):
             shutil.rmtree(old)
 
     def cut_log(self, step: int) -> None:
@@ -127,6 +132,24 @@ class RunFolder:
             lines = file.read_text().splitlines()
             kept = [line for line in lines if _is_kept(line, step)]
             put_file(file, "".join(f"{line}\n" for line in kept).encode())
+
+
+@contextmanager
+def whole_or_gone(folder: Path) -> Iterator[None]:
+    """Of a block that writes `folder`: if it cannot, the space is given back.
+
+    Raises:
+        TrainingError: names the folder and the reason, as a full disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save, safetensors
+        shutil.rmtree(folder, ignore_errors=True)
+        why = isinstance(error, OSError) and error.strerror
+        raise TrainingError(
+            f"{folder}: cannot be written ({why or ' '.join(str(error).split())[:200]}); whole "
+            "checkpoints stay, run it again with --resume once that is mended"
+        ) from error
 
 
 def export_student(
@@ -143,19 +166,23 @@ def export_student(
         source: the folder that the student was loaded from; its tokenizer goes along.
         form: `bin` or `safetensors`.
         lineage: what the student was trained with, written beside it as `distillation.json`.
+
+    Raises:
+        TrainingError: it cannot be written.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    copy_settings(source, partial, leave_out=("config.json",))
-    config = dict(model.config.published)
-    tower = str(config["mm_vision_tower"])
-    if "/" not in tower:  # no hub id: the tower's settings travel inside the folder
-        (partial / tower).mkdir()
-        copy_settings(model.config.tower_folder, partial / tower)
-    write_weights(partial, model.published_state(), form)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (partial / "distillation.json").write_text(json.dumps(lineage, indent=1) + "\n")
+    with whole_or_gone(partial):
+        partial.mkdir(parents=True)
+        copy_settings(source, partial, leave_out=("config.json",))
+        config = dict(model.config.published)
+        tower = str(config["mm_vision_tower"])
+        if "/" not in tower:  # no hub id: the tower's settings travel inside the folder
+            (partial / tower).mkdir()
+            copy_settings(model.config.tower_folder, partial / tower)
+        write_weights(partial, model.published_state(), form)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "distillation.json").write_text(json.dumps(lineage, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 

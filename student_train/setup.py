@@ -20,7 +20,7 @@ from shared.record import compare
 from shared.samples import expand_tars
 from shared.spec import canonical_digest
 from shared.stopping import StopRequest
-from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_identity
+from shared.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_identity
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet
 from student_train.lineage import code_identity
@@ -83,6 +83,7 @@ def run_training(
     cache = open_cache(inputs.cache) if inputs.cache else None
     model = load_model(folder, inputs.vision_tower)
     tokenizer = load_tokenizer(folder.path)
+    check_vocabulary(tokenizer, int(model.llm.config.vocab_size), folder.name)
     processor = ImageProcessor(model.config.tower_folder, recipe.image_aspect)
     accepted = {}
     if cache is not None:
@@ -118,14 +119,18 @@ def run_training(
     if accelerator.is_main_process:
         run.write_settings(settings)
     log.info(
-        "samples=%d skipped=%d processes=%d device=%s", len(training_set),
+        "samples=%d skipped=%d processes=%d device=%s cache=%s", len(training_set),
         len(training_set.skipped), accelerator.num_processes, accelerator.device,
+        cache.root if cache else "none: plain training, no teacher",
     )  # fmt: skip
+    if recipe.eval_every and held_out is None:
+        log.warning("eval_every=%d, but no --eval-data: nothing is evaluated", recipe.eval_every)
     for sample in training_set.skipped[:20]:
         log.warning("skipped=%s reason=%s", sample.key, sample.reason)
     outcome = train(student, training_set, held_out, run, accelerator, checkpoint, stop)
     if accelerator.is_main_process and not outcome.stopped:
         _export(student, folder, run, recipe, settings)
+    accelerator.wait_for_everyone()  # the export is written: NCCL may not be left by some alone
     # In this order: a data-parallel wrapper (a cycle of references) that is the last to let go of
     # the group of processes holds Python's lock meanwhile, and gloo's thread may be waiting for it:
     # neither would go on.
@@ -272,6 +277,8 @@ def make_student(
         ConfigError: adapters without a cache, or a loss that cache or student cannot give.
         TrainingError: adapters that do not fit.
     """
+    if recipe.gradient_checkpointing:
+        model.llm.activation_checkpointing_enable({"use_reentrant": False})
     if cache is None:
         if adapters is not None:
             raise ConfigError(

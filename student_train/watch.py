@@ -67,28 +67,37 @@ class Watch:
         """Sums over the steps since the last line: saved, so that a resumed run logs the same."""
         return dict(self._sums)
 
-    def check(self, step: int, terms: Mapping[str, float], micro: Sequence[TrainingBatch]) -> None:
+    def check(
+        self, step: int, terms: Mapping[str, float], norm: float, micro: Sequence[TrainingBatch]
+    ) -> None:
         """Report samples that were left out of the batch, and stop before a bad step.
 
+        Args:
+            norm: of the gradient, before it was clipped.
+
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss or its gradient is not finite.
         """
         for batch in micro:
             for sample in batch.skipped:
                 log.warning("step=%d skipped=%s reason=%s", step, sample.key, sample.reason)
-        if not math.isfinite(terms["loss"]):
-            shown = " ".join(f"{name}={value:g}" for name, value in terms.items())
+        if not math.isfinite(terms["loss"]) or not math.isfinite(norm):
+            values = {**terms, "grad_norm": norm}
+            shown = " ".join(f"{name}={value:g}" for name, value in values.items())
             raise TrainingError(
-                f"step {step}: the loss is not finite ({shown}); the last checkpoint is whole, try "
-                "a lower rate or precision bfloat16"
+                f"step {step}: the loss or its gradient is not finite ({shown}); the last "
+                "checkpoint is whole, try a lower rate or precision bfloat16"
             )
 
     def step(
         self, step: int, terms: Mapping[str, float], norm: float, rate: float, samples: int
     ) -> None:
-        """Count one step; write when a line is due."""
-        for name, value in {"steps": 1, **terms, "grad_norm": norm}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        """Count one step; write when a line is due. One that float16's scaler left out, for an
+        infinite gradient, is not in a line's means.
+        """
+        if math.isfinite(norm):
+            for name, value in {"steps": 1, **terms, "grad_norm": norm}.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
         self._timed += 1
         if self._main:
             self._bar.update()
@@ -96,7 +105,7 @@ class Watch:
             self._bar.set_postfix(shown, refresh=False)
         if step % self._every == 0 or step == self._last:
             now = time.monotonic()
-            steps = self._sums.pop("steps")
+            steps = self._sums.pop("steps", 0)
             line = {name: total / steps for name, total in self._sums.items()}
             line |= {"lr": rate, "samples_per_second": samples * self._timed / (now - self._mark)}
             self._write(step, line)
@@ -123,6 +132,8 @@ class Watch:
             return
         shown = " ".join(f"{name}={value:.4g}" for name, value in line.items())
         log.info("step=%d/%d %s", step, self._last, shown)
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        # JSON has neither infinity nor NaN, which a held-out loss may be.
+        numbers = {name: x if math.isfinite(x) else None for name, x in line.items()}
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         for name, value in line.items():
             self._board.add_scalar(name, value, step)

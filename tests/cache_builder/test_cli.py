@@ -271,6 +271,20 @@ def test_a_dry_run_names_what_would_be_skipped(tmp_path: Path) -> None:
     assert "would skip bad: JSON cannot be parsed" in result.stdout
 
 
+def test_a_dry_run_says_that_a_build_would_stop(tmp_path: Path) -> None:
+    bad = [sample(f"bad{n}", b"{") for n in range(3)]
+    tar = write_tar(tmp_path / "t.tar", sample("good"), *bad)
+
+    plain, more = (
+        command(tmp_path / "cache", tar, FULL, TEACHER, "--dry-run", *options)
+        for options in (("--max-skipped", "1%"), ("--max-skipped", "3"))
+    )
+
+    line = "A build would stop: some 3 of 4 samples cannot be used, --max-skipped 1% allows 1"
+    assert plain.stdout.splitlines()[-1] == line
+    assert "would stop" not in more.stdout
+
+
 def test_a_dry_run_refuses_what_the_build_would_refuse(tmp_path: Path, tar: Path) -> None:
     deep = {**FULL, "attention": {"layers": [7], "encoding": "float32"}}
 

@@ -72,27 +72,42 @@ def test_a_name_that_is_no_hub_id_is_a_missing_folder(name: str) -> None:
     ids=["a full disk", "no hub", "a lost connection"],
 )  # fmt: skip
 def test_weights_that_cannot_be_fetched_are_named_with_the_reason(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(_name: str, file: str) -> str:
         if file.endswith(".index.json"):
             raise EntryNotFoundError("404")
         raise error
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(TEACHER))
+    copy_settings(TEACHER, tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
 
     with pytest.raises(CheckpointError, match=r"org/model: model\.safetensors cannot be"):
         ModelFolder("org/model").tensor_files()
 
 
+def test_a_model_that_was_fetched_once_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(_name: str, file: str) -> str:
+        raise LocalEntryNotFoundError(f"asked for {file}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(TEACHER))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    found, here = ModelFolder("org/model"), ModelFolder(str(TEACHER))
+
+    assert found.tensor_files() == here.tensor_files()
+    (name, *_) = here.tensor_files()
+    assert found.read([name])[name].equal(here.read([name])[name])
+
+
 def test_a_model_without_weights_on_the_hub_is_said_to_have_none(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(_name: str, _file: str) -> str:
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(TEACHER))
+    copy_settings(TEACHER, tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
 
     with pytest.raises(CheckpointError, match="org/model: no weights"):

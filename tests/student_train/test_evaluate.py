@@ -248,3 +248,27 @@ def test_scores_do_not_depend_on_how_much_goes_through_the_model_at_once(
     assert questions.answers(model, samples) == answers
     assert (apart.positions, apart.answers) == (together.positions, together.answers)
     assert apart.loss == pytest.approx(together.loss, rel=1e-5)
+
+
+def test_a_limit_takes_samples_evenly_from_all_tars(tars: list[Path]) -> None:
+    every = [entry.key for tar in tars for entry in index_tar(tar).samples]
+
+    found = held_out(*tars, limit=5)
+
+    assert [entry.key for _, entry in found._entries] == [
+        every[round(place * (len(every) - 1) / 4)] for place in range(5)
+    ]
+    assert len(held_out(*tars, limit=10**6)) == len(every)
+
+
+def test_samples_that_the_headers_rule_out_are_counted_once(
+    tmp_path: Path, model: MobileVLM
+) -> None:
+    tar = write_tar(
+        tmp_path / "t.tar",
+        sample("a", annotation("<image>\nwhat color is the boat", "red boat"), png(1)),
+        [("b.png", png(2))], [("c.png", png(3))],
+    )  # fmt: skip
+    found = held_out(tar)
+
+    assert [found.score(model, rank=rank, world=2).skipped for rank in (0, 1)] == [2, 0]

@@ -43,18 +43,27 @@ def student_copy(folder: Path, **config: Any) -> Path:
     return folder
 
 
-def wide_student(folder: Path) -> Path:
-    """The reference student with 16 more rows of vocabulary, as padded checkpoints have."""
-    student_copy(folder, vocab_size=528)
+def student_of(folder: Path, vocabulary: int) -> Path:
+    """The reference student with more rows of vocabulary, as padded checkpoints have, or fewer."""
+    student_copy(folder, vocab_size=vocabulary)
     tensors = torch.load(STUDENT / "pytorch_model.bin", weights_only=True)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = torch.cat([tensors[name], torch.zeros(16, 32)])
+        rows = torch.zeros(vocabulary, 32)
+        rows[: len(tensors[name])] = tensors[name][:vocabulary]
+        tensors[name] = rows
     torch.save(tensors, folder / "pytorch_model.bin")
     return folder
 
 
+def test_a_tokenizer_with_more_ids_than_the_student_knows(refused: Refused, tmp_path: Path) -> None:
+    line = refused("--student", student_of(tmp_path / "student", 300), cache=None)
+
+    assert "the tokenizer gives id 511" in line
+    assert "vocab_size is 300" in line
+
+
 def test_another_vocabulary_size_under_the_kl(refused: Refused, tmp_path: Path) -> None:
-    line = refused("--student", wide_student(tmp_path / "student"))
+    line = refused("--student", student_of(tmp_path / "student", 528))
 
     assert "vocab_size: 512 there, 528 here" in line
 
@@ -62,7 +71,7 @@ def test_another_vocabulary_size_under_the_kl(refused: Refused, tmp_path: Path) 
 def test_another_vocabulary_size_is_fine_without_the_kl(
     tars: list[Path], full_path: Path, tmp_path: Path
 ) -> None:
-    student = wide_student(tmp_path / "student")
+    student = student_of(tmp_path / "student", 528)
 
     result = train(
         tmp_path / "run", tars, full_path, "--student", student, loss={"kl": 0}, max_steps=1

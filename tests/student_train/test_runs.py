@@ -7,15 +7,19 @@ import itertools
 import json
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from shared.cache import Cache
@@ -24,10 +28,10 @@ from shared.errors import ConfigError, MismatchError
 from shared.mobilevlm import MobileVLM, load_model
 from student_train.evaluate import HeldOutSet, Scores
 from student_train.lineage import code_identity
-from student_train.loop import make_accelerator
+from student_train.loop import make_accelerator, make_optimizer
 from student_train.runs import RunFolder, export_student, load_adapters, save_adapters
 from student_train.setup import refuse_disagreement
-from student_train.student import TERMS
+from student_train.student import TERMS, AlignedStudent
 from student_train.watch import Watch
 from tests.student_train.support import (
     SPEC,
@@ -527,6 +531,79 @@ def test_a_batch_that_the_device_cannot_hold_is_one_line(
     line = error_line(train(tmp_path / "run", tars, None, **RUN))
 
     assert "step 1: micro-batches of 2 need more memory than cpu has; --set micro_batch" in line
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(
+    tars: list[Path], orphan_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(student: AlignedStudent, *given: Any) -> torch.optim.AdamW:
+        calls = itertools.count(1)
+        weight = next(p for p in student.parameters() if p.requires_grad)
+        # Two micro-batches a step: in the third one.
+        weight.register_hook(lambda grad: grad * torch.nan if next(calls) == 5 else None)
+        return make_optimizer(student, *given)
+
+    monkeypatch.setattr("student_train.loop.make_optimizer", poisoned)
+
+    line = error_line(train(tmp_path / "run", tars, orphan_cache, **{**RUN, "save_every": 1}))
+
+    assert "the loss or its gradient is not finite (loss=" in line
+    assert "grad_norm=nan" in line
+    newest = RunFolder(tmp_path / "run").newest_checkpoint()
+    assert newest is not None
+    weights = load_file(newest / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_gives_its_space_back(
+    tars: list[Path], tmp_path: Path
+) -> None:
+    with full_disk(100_000):
+        result = train(tmp_path / "run", tars, None, **RUN)
+
+    line = error_line(result)
+    assert "step-00000003.partial: cannot be written (" in line
+    assert "whole checkpoints stay, run it again with --resume" in line
+    assert not [*tmp_path.glob("run/**/*.partial")]
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_an_export_that_cannot_be_written_is_one_line_and_is_made_by_a_resumed_run(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    shutil.rmtree(out / "export")
+    with full_disk(100_000):
+        result = train(out, tars, orphan_cache, "--eval-data", tars[1], "--resume", **RUN)
+
+    assert "export.partial: cannot be written (" in error_line(result)
+    assert not [*out.glob("*.partial")]
+    resume(out, tars, orphan_cache)
+    assert_same_run(out, undisturbed)
+
+
+def test_settings_of_accelerate_divide_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+
+    assert make_accelerator(recipe(), cpu=True).gradient_accumulation_steps == 1
+
+
+def test_an_accelerate_that_shards_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+
+    with pytest.raises(ConfigError, match="set up for FSDP, but this trains data-parallel only"):
+        make_accelerator(recipe(), cpu=True)
 
 
 @pytest.mark.usefixtures("_one_thread")

@@ -1,6 +1,7 @@
 """What a run says of its pace."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,18 @@ def test_an_evaluation_between_two_log_lines_does_not_count_as_training(
     lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert [line["samples_per_second"] for line in lines if "loss" in line] == [40.0, 40.0]
     assert seen.seconds == 4.0
+
+
+def test_a_step_that_the_scaler_left_out_is_not_in_a_line_s_means(tmp_path: Path) -> None:
+    seen = watch.Watch(RunFolder(tmp_path), main=True, every=2, first=0, last=4, unlogged={})
+
+    with seen:
+        seen.step(1, {"loss": 1.0}, 2.0, 1e-3, 40)
+        for step in (2, 3, 4):
+            seen.step(step, {"loss": 3.0}, math.inf, 1e-3, 40)
+        seen.evaluation(4, Scores(nats=math.nan, positions=1))
+
+    first, second, third = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (first["loss"], first["grad_norm"]) == (1.0, 2.0)
+    assert second.keys() == {"step", "lr", "samples_per_second"}
+    assert third == {"step": 4, "eval_loss": None}

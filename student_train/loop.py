@@ -93,23 +93,15 @@ def train(
             a micro-batch that needs more memory than the device has, a loss or gradient that is
             not finite, or a checkpoint that cannot be written.
     """
-    recipe, stop, device = training_set.recipe, stop or StopRequest(), accelerator.device
+    recipe, stop = training_set.recipe, stop or StopRequest()
     last_step = num_steps(training_set, accelerator.num_processes)
-    optimizer = make_optimizer(student, recipe)
-    scheduler = LambdaLR(optimizer, warmup_cosine(recipe.optim.warmup, last_step))
-    with (
-        announced(f"moving the student to {device}"),
-        fitting("the student needs", device, "a smaller one, or a GPU with more", TrainingError),
-    ):
-        module, optimizer = accelerator.prepare(student, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
+    trainer = _Trainer.of(student, recipe, last_step, accelerator)
     state = _resume(accelerator, checkpoint)
     first_step = state.step
     batches = micro_batches(
-        training_set, first_step=first_step, last_step=last_step,
-        rank=accelerator.process_index, world=accelerator.num_processes, device=device,
+        training_set, first_step=first_step, last_step=last_step, device=accelerator.device,
+        rank=accelerator.process_index, world=accelerator.num_processes,
     )  # fmt: skip
-    module.train()
     scores = None
     watch = Watch(
         run, main=accelerator.is_main_process, every=recipe.log_every, first=first_step,
@@ -120,22 +112,7 @@ def train(
         if held_out is not None and state.evaluation_due:
             _evaluate(first_step, student, held_out, accelerator, watch)
         for step, micro in enumerate(batches, start=first_step + 1):
-            with fitting(
-                f"step {step}: micro-batches of {recipe.micro_batch} need", device,
-                "--set micro_batch to less changes no result, --set gradient_checkpointing=true "
-                "trades time for memory; weights, gradients and AdamW alone take 16 to 20 "
-                "bytes a parameter", TrainingError,
-            ):  # fmt: skip
-                terms = _gradients(module, student, micro, accelerator)
-                norm = accelerator.clip_grad_norm_(module.parameters(), recipe.optim.clip_norm)
-                # float16's scaler meets an infinite gradient itself: it leaves the step out.
-                watch.check(step, terms, 0.0 if accelerator.scaler else float(norm), micro)
-                rate = float(scheduler.get_last_lr()[0])
-                optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # float16 overflowed: the scaler retries
-                scheduler.step()
-            optimizer.zero_grad()
-            watch.step(step, terms, float(norm), rate, recipe.global_batch)
+            trainer.step(step, micro, watch)
             every = recipe.eval_every or last_step
             is_due = step % every == 0 and step != last_step
             is_stopped = _is_asked(stop, accelerator)
@@ -154,6 +131,58 @@ def train(
     return Outcome(
         steps=state.step, last_step=last_step, stopped=stopped, seconds=watch.seconds, scores=scores
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trainer:
+    """What an optimiser step moves. Made by `of`."""
+
+    student: AlignedStudent
+    module: torch.nn.Module
+    "The student as accelerate wraps it."
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    recipe: Recipe
+    accelerator: Accelerator
+
+    @classmethod
+    def of(
+        cls, student: AlignedStudent, recipe: Recipe, last_step: int, accelerator: Accelerator
+    ) -> "_Trainer":
+        """On the accelerator's device, ready to be saved and resumed."""
+        optimizer = make_optimizer(student, recipe)
+        scheduler = LambdaLR(optimizer, warmup_cosine(recipe.optim.warmup, last_step))
+        device, advice = accelerator.device, "a smaller one, or a GPU with more"
+        with (
+            announced(f"moving the student to {device}"),
+            fitting("the student needs", device, advice, TrainingError),
+        ):
+            module, optimizer = accelerator.prepare(student, optimizer)
+        accelerator.register_for_checkpointing(scheduler)
+        return cls(
+            student=student, module=module.train(), optimizer=optimizer, scheduler=scheduler,
+            recipe=recipe, accelerator=accelerator,
+        )  # fmt: skip
+
+    def step(self, step: int, micro: Sequence[TrainingBatch], watch: Watch) -> None:
+        """One global batch: gradients, the optimiser's step, the schedule's."""
+        recipe, accelerator = self.recipe, self.accelerator
+        with fitting(
+            f"step {step}: micro-batches of {recipe.micro_batch} need", accelerator.device,
+            "--set micro_batch to less changes no result, --set gradient_checkpointing=true "
+            "trades time for memory; weights, gradients and AdamW alone take 16 to 20 bytes a "
+            "parameter", TrainingError,
+        ):  # fmt: skip
+            terms = _gradients(self.module, self.student, micro, accelerator)
+            norm = accelerator.clip_grad_norm_(self.module.parameters(), recipe.optim.clip_norm)
+            # float16's scaler meets an infinite gradient itself: it leaves the step out.
+            watch.check(step, terms, 0.0 if accelerator.scaler else float(norm), micro)
+            rate = float(self.scheduler.get_last_lr()[0])
+            self.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:  # float16 overflowed: the scaler retries
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        watch.step(step, terms, float(norm), rate, recipe.global_batch)
 
 
 def make_accelerator(recipe: Recipe, *, cpu: bool) -> Accelerator:

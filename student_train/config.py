@@ -121,7 +121,7 @@ class Recipe:
     eval_every: int | None = None
     "Steps between evaluations on --eval-data; by default only at the end."
     eval_samples: int | None = None
-    "Held-out samples per evaluation; by default all."
+    "Held-out samples per evaluation, evenly spread over the tars; by default all."
     max_new_tokens: int = 32
     "Longest greedy answer in evaluation, in tokens."
     workers: int = 2

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -134,6 +134,14 @@ class Watch:
         log.info("step=%d/%d %s", step, self._last, shown)
         # JSON has neither infinity nor NaN, which a held-out loss may be.
         numbers = {name: x if math.isfinite(x) else None for name, x in line.items()}
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        except OSError as error:
+            with suppress(OSError):  # it would try once more to write the line
+                self._file.close()
+            raise TrainingError(
+                f"{self._file.name}: cannot be written ({error.strerror}); whole checkpoints stay, "
+                "run it again with --resume once that is mended"
+            ) from error
         for name, value in line.items():
             self._board.add_scalar(name, value, step)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.errors import TrainingError
 from student_train import watch
 from student_train.evaluate import Scores
 from student_train.runs import RunFolder
@@ -45,3 +46,14 @@ def test_a_step_that_the_scaler_left_out_is_not_in_a_line_s_means(tmp_path: Path
     assert (first["loss"], first["grad_norm"]) == (1.0, 2.0)
     assert second.keys() == {"step", "lr", "samples_per_second"}
     assert third == {"step": 4, "eval_loss": None}
+
+
+def test_a_log_line_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> None:
+    seen = watch.Watch(RunFolder(tmp_path), main=True, every=1, first=0, last=1, unlogged={})
+
+    with (
+        seen,
+        Path("/dev/full").open("w", buffering=1) as seen._file,
+        pytest.raises(TrainingError, match=r"full: cannot be written \(No space left on device\)"),
+    ):
+        seen.step(1, {"loss": 1.0}, 2.0, 1e-3, 40)

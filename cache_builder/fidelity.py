@@ -25,7 +25,7 @@ from cache_builder.tars import refuse_other_tars
 from shared.cache import Cache, CachedSample, open_cache
 from shared.errors import InputError
 from shared.progress import announced, progress
-from shared.samples import TarIndex, index_tars
+from shared.samples import TarIndex, index_tars, spread
 from shared.spec import CacheSpec
 
 Array = npt.NDArray[np.float32]
@@ -138,10 +138,8 @@ def choose_samples(cache: Cache, tars: Sequence[Path], number: int) -> list[TarI
             f"{cache.root}: none of its {len(cache)} samples is in the {len(tars)} tars of --data; "
             "give the tars that it was built from"
         )
-    places = np.linspace(0, len(usable) - 1, min(number, len(usable))).round().astype(int)
     taken: dict[str, list[Any]] = {}
-    for place in places.tolist():
-        index, sample = usable[place]
+    for index, sample in spread(usable, number):
         taken.setdefault(index.name, []).append(sample)
     return [
         replace(index, samples=tuple(taken[index.name]), skipped={})

@@ -50,7 +50,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 "What a shard may be called."
 
 
-class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a record is made of. Types and bounds are checked where JSON becomes such a thing."""
 
 

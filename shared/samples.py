@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import braceexpand
+import numpy as np
 
 from shared.bounds import MAX_SAMPLES, MAX_TEXT, check_containers
 from shared.conversation import Conversation, parse_annotation
@@ -27,6 +29,8 @@ from shared.progress import progress
 from shared.readable import NO_URLS, is_file, is_folder, is_url, reading, sha256_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _MAX_JSON, _MAX_IMAGE, _MAX_HEADER = 16 * 2**20, 64 * 2**20, 2**20
@@ -364,6 +368,12 @@ def _parse_json(content: bytes) -> object:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UnusableSample(f"JSON cannot be parsed ({error})") from error
+
+
+def spread(items: Sequence[T], number: int) -> list[T]:
+    """At most `number` items, evenly spread from the first to the last."""
+    places = np.linspace(0, len(items) - 1, min(number, len(items))).round().astype(int)
+    return [items[place] for place in places.tolist()]
 
 
 def tar_sha256(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION, MobileVLM
 from shared.progress import progress
 from shared.prompt import IGNORE, Prompt, build_prompt, check_length, question_ids
-from shared.samples import Sample, SampleEntry, TarIndex, index_tars, read_sample
+from shared.samples import Sample, SampleEntry, TarIndex, index_tars, read_sample, spread
 from shared.sequence import pad_sequences
 from shared.spec import Template
 from shared.tokenizer import Tokenizer
@@ -103,9 +102,7 @@ class HeldOutSet:
         entries = [(index, entry) for index in indexes for entry in index.samples]
         if not entries:
             raise TrainingError(f"no sample in {len(tars)} held-out tars")
-        number = min(limit or len(entries), len(entries))
-        places = np.linspace(0, len(entries) - 1, number).round().astype(int)
-        self._entries = [entries[place] for place in places]
+        self._entries = spread(entries, limit or len(entries))
         self._unread = sum(len(index.skipped) for index in indexes)
         self._template, self._max_tokens = template, max_tokens
         self._tokenizer, self._processor = tokenizer, processor

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from shared.checkpoint import copy_settings, write_weights
 from shared.errors import TrainingError
@@ -145,11 +145,16 @@ def whole_or_gone(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save, safetensors
         shutil.rmtree(folder, ignore_errors=True)
-        why = isinstance(error, OSError) and error.strerror
-        raise TrainingError(
-            f"{folder}: cannot be written ({why or ' '.join(str(error).split())[:200]}); whole "
-            "checkpoints stay, run it again with --resume once that is mended"
-        ) from error
+        raise unwritten(folder, error) from error
+
+
+def unwritten(path: Path, error: Exception) -> TrainingError:
+    """The error that says so of a file or folder of a run, and what to do."""
+    why = isinstance(error, OSError) and error.strerror
+    return TrainingError(
+        f"{path}: cannot be written ({why or ' '.join(str(error).split())[:200]}); whole "
+        "checkpoints stay, run it again with --resume once that is mended"
+    )
 
 
 def export_student(
@@ -198,8 +203,12 @@ def file_sha256(path: Path) -> str:
 
 
 def save_adapters(adapters: Adapters, path: Path) -> None:
-    """Adapters as safetensors, for a next stage."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in adapters.state_dict().items()}, path)
+    """Adapters as safetensors, for a next stage.
+
+    Raises:
+        CacheError: they cannot be written.
+    """
+    put_file(path, save({k: v.cpu().contiguous() for k, v in adapters.state_dict().items()}))
 
 
 def load_adapters(adapters: Adapters, path: Path) -> None:

@@ -271,7 +271,8 @@ def cache_identity(cache: Cache) -> dict[str, Any]:
 def make_student(
     model: MobileVLM, recipe: Recipe, cache: Cache | None, adapters: Path | None
 ) -> AlignedStudent:
-    """The student with its adapters, fresh ones from torch's seed where no file is named.
+    """The student with its adapters, fresh ones from torch's seed where no file is named, set up to
+    save memory if the recipe says so.
 
     Raises:
         ConfigError: adapters without a cache, or a loss that cache or student cannot give.

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -13,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from shared.errors import TrainingError
 from student_train.batch import TrainingBatch
 from student_train.evaluate import Scores
-from student_train.runs import RunFolder
+from student_train.runs import RunFolder, unwritten
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +140,6 @@ class Watch:
         except OSError as error:
             with suppress(OSError):  # it would try once more to write the line
                 self._file.close()
-            raise TrainingError(
-                f"{self._file.name}: cannot be written ({error.strerror}); whole checkpoints stay, "
-                "run it again with --resume once that is mended"
-            ) from error
+            raise unwritten(Path(self._file.name), error) from error
         for name, value in line.items():
             self._board.add_scalar(name, value, step)

@@ -37,10 +37,11 @@ def measure(exact: Cache, cache: Cache, tars: list[Path], changed: Recipe) -> St
     return measure_student(pair, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("saving", [False, True])
 def test_exact_targets_give_the_exact_loss_and_gradient(
-    full_cache: Cache, tars: list[Path]
+    full_cache: Cache, tars: list[Path], saving: bool
 ) -> None:
-    found = measure(full_cache, full_cache, tars, recipe(**RECIPE))
+    found = measure(full_cache, full_cache, tars, recipe(**RECIPE, gradient_checkpointing=saving))
 
     assert (found.steps, found.batch) == (3, 8)
     assert set(found.terms) == {"sup", "kl", "attention", "vision_all", "vision_focus", "loss"}

@@ -12,6 +12,7 @@ import pytest
 from shared.cache import Cache, open_cache
 from shared.errors import DamagedError, MismatchError, ProjectError
 from shared.images import ImageProcessor, pixels_digest
+from shared.record import ProbeSample
 from shared.tokenizer import load_tokenizer
 from student_train.probe import check_probe
 from tests.malicious import MISSHAPEN_PROBES, PROBE_CASES, forge
@@ -137,3 +138,4 @@ def test_the_digest_is_that_of_little_endian_float32() -> None:
     digest = hashlib.sha256(pixels.astype("<f4").tobytes()).hexdigest()
     assert pixels_digest(pixels) == digest
     assert pixels_digest(np.asfortranarray(pixels)) == digest
+    assert msgspec.convert({"key": "a", "pixels_sha256": digest}, ProbeSample)

@@ -126,7 +126,7 @@ def build_cache(
     budget = SkipBudget.of(limit, indexes, committed.records)
     write_plan(out, names)
     stop.is_watched = True
-    total = sum(len(index.samples) + len(index.skipped) for index in pending)
+    total = sum(index.num_samples for index in pending)
     with (
         tqdm(total=total, unit="sample", desc="build", smoothing=0.05) as bar,
         logging_redirect_tqdm(),
@@ -225,7 +225,7 @@ class _Run:
         if index.name not in self.committed.records:
             return False
         self.taken += 1
-        self.bar.update(len(index.samples) + len(index.skipped))
+        self.bar.update(index.num_samples)
         return True
 
     def _compute(self, tar: PreparedTar) -> ShardFeatures:

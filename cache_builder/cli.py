@@ -184,13 +184,12 @@ def _dry_run(
 
 
 def _over_limit(found: "Estimate", limit: "SkipLimit") -> list[str]:
-    expected = round(len(found.skipped) * found.samples / max(1, found.examined))
-    allowed = limit.allowed(found.samples)
-    if expected <= allowed:
+    allowed = limit.allowed(found.all_samples)
+    if found.all_skipped <= allowed:
         return []
     return [
-        f"A build would stop: some {expected} of {found.samples} samples cannot be used, "
-        f"--max-skipped {limit.text} allows {allowed}"
+        f"A build would stop: some {found.all_skipped} of {found.all_samples} samples cannot be "
+        f"used, --max-skipped {limit.text} allows {allowed}"
     ]
 
 

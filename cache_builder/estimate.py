@@ -5,9 +5,8 @@ tokenizer. Bytes are before lossless compression, so they are an upper estimate 
 metadata, which counts in caches of a few samples.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from shared.encodings import ENCODINGS, id_dtype
 from shared.images import ImageProcessor
 from shared.mobilevlm import NUM_VISION, VLMConfig, read_config
 from shared.progress import progress
-from shared.record import Skipped, record_names, shard_name
+from shared.record import ShardRecord, Skipped, record_names, shard_name
 from shared.samples import TarIndex, index_tars
 from shared.spec import CacheSpec
 from shared.tokenizer import Tokenizer, tokenizer_identity
@@ -60,9 +59,13 @@ class Estimate:
     samples: int
     "Samples in them."
     examined: int
-    "Samples that were tokenised for the estimate."
+    "Samples of which it was found out whether they can be used."
     skipped: tuple[Skipped, ...]
-    "Of those, the ones that would be skipped."
+    "Of those, the ones that would be skipped; all that the tars' headers tell are among them."
+    all_samples: int
+    "Samples of all tars, also of those whose shard is there."
+    all_skipped: int
+    "Of these, how many were or would be skipped, estimated."
     signals: tuple[SignalSize, ...]
     "Parts of the cache."
 
@@ -98,28 +101,29 @@ def estimate(
         shard_name(tar)
     indexes = index_tars(tars)
     tokenizer = load_teacher_tokenizer(folder, config)
-    left = _find_left(indexes, out, spec, config, tokenizer, dtype)
-    return _estimate(left, spec, config, tokenizer)
+    records = _records(out, spec, config, tokenizer, dtype)
+    left = find_pending(records, indexes, out, by_headers=True)
+    found = _estimate(left, spec, config, tokenizer)
+    done = [records[index.name] for index in indexes if index.name in records]
+    return replace(
+        found,
+        all_samples=sum(index.num_samples for index in indexes),
+        all_skipped=found.all_skipped + sum(len(record.skipped) for record in done),
+    )
 
 
-def _find_left(
-    tars: Sequence[TarIndex],
-    out: Path,
-    spec: CacheSpec,
-    config: VLMConfig,
-    tokenizer: Tokenizer,
-    dtype: str | None,
-) -> list[TarIndex]:
-    """Tars whose shard `out` lacks; what is there must be of this build, as far as that is known
-    without reading weights or whole tars.
+def _records(
+    out: Path, spec: CacheSpec, config: VLMConfig, tokenizer: Tokenizer, dtype: str | None
+) -> Mapping[str, ShardRecord]:
+    """Of the shards in `out`, which must be of this build, as far as that is known without reading
+    weights.
 
     Raises:
-        MismatchError: `out` holds shards of another spec, teacher, tokenizer or tar.
+        MismatchError: `out` holds shards of another spec, teacher or tokenizer.
         DamagedError: a record cannot be read.
-        InputError: a tar holds a sample that a shard of another tar holds already.
     """
     if not record_names(out):
-        return list(tars)
+        return {}
     identity = {
         "spec": spec.to_dict(),
         "teacher": {**teacher_facts(config), "config_sha256": config_digest(config)},
@@ -128,20 +132,21 @@ def _find_left(
         **({"numerics": {"dtype": dtype}} if dtype else {}),
     }
     unknown = ("teacher.weights_sha256", "numerics.attention" if dtype else "numerics")
-    return find_pending(Committed(out, identity, unknown).records, tars, out, by_headers=True)
+    return Committed(out, identity, unknown).records
 
 
 def _estimate(
     tars: Sequence[TarIndex], spec: CacheSpec, config: VLMConfig, tokenizer: Tokenizer
 ) -> Estimate:
-    """Sizes by signal, from some 2000 samples spread over the tars, one of each at least."""
-    total = sum(len(tar.samples) + len(tar.skipped) for tar in tars)
+    """Sizes by signal, from some 2000 samples out of all tars, one of each at least."""
     share = -(-_MOST_SAMPLES // max(1, len(tars)))
     usable: list[PreparedSample] = []
     skipped: list[Skipped] = []
     images: set[tuple[str, str]] = set()  # each is stored once in every tar that shows it
     for tar in progress("estimate", "tar", tars):
-        for item in islice(prepare(tar, spec, tokenizer), share):
+        # Neighbours, not spread over the tar: they show one image, as often as all do.
+        some = replace(tar, samples=tar.samples[:share], skipped={})
+        for item in prepare(some, spec, tokenizer):
             if isinstance(item, Skipped):
                 skipped.append(item)
             else:
@@ -149,13 +154,19 @@ def _estimate(
                 usable.append(item)
                 if item.image_digest is not None:
                     images.add((tar.name, item.image_digest))
-    examined = len(usable) + len(skipped)
-    scale = total / max(1, examined)
+    scale = sum(len(tar.samples) for tar in tars) / max(1, len(usable) + len(skipped))
+    # Those that the headers rule out are all known: no part of them stands for the others.
+    lost = [Skipped(key=key, reason=why) for tar in tars for key, why in tar.skipped.items()]
+    total = sum(tar.num_samples for tar in tars)
+    all_skipped = len(lost) + round(len(skipped) * scale)
+    skipped += lost
     return Estimate(
         tars=len(tars),
         samples=total,
-        examined=examined,
+        examined=len(usable) + len(skipped),
         skipped=tuple(skipped),
+        all_samples=total,
+        all_skipped=all_skipped,
         signals=(
             *_signals(usable, len(images), spec, config, scale),
             _probe(tars, {s.key for s in skipped}),

@@ -68,7 +68,7 @@ class SkipBudget:
         Raises:
             InputError: less than the tars' headers tell already.
         """
-        samples = sum(len(index.samples) + len(index.skipped) for index in indexes)
+        samples = sum(index.num_samples for index in indexes)
         done = [records[index.name] for index in indexes if index.name in records]
         budget = cls(limit=limit, samples=samples, skipped=[s for r in done for s in r.skipped])
         by_headers = [

@@ -77,6 +77,11 @@ class TarIndex:
         """The shard's name: the file name without `.tar`."""
         return self.path.name.removesuffix(".tar")
 
+    @property
+    def num_samples(self) -> int:
+        """Usable or not."""
+        return len(self.samples) + len(self.skipped)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
+from cache_builder import estimate
 from cache_builder.cli import build_cache, cache_tools
 from shared.spec import CacheSpec
 from tests.support import (
@@ -283,6 +284,37 @@ def test_a_dry_run_says_that_a_build_would_stop(tmp_path: Path) -> None:
     line = "A build would stop: some 3 of 4 samples cannot be used, --max-skipped 1% allows 1"
     assert plain.stdout.splitlines()[-1] == line
     assert "would stop" not in more.stdout
+
+
+def test_a_dry_run_counts_losses_that_headers_tell_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_MOST_SAMPLES", 2)
+    for name in "ab":
+        good = [sample(f"{name}{n}") for n in range(4)]
+        write_tar(tmp_path / f"{name}.tar", sample(f"{name}-lost")[1:], *good)
+
+    found = dry(tmp_path, tmp_path / "[ab].tar")
+
+    assert (found["samples"], found["examined"], found["all_skipped"]) == (10, 4, 2)
+    assert found["size"]
+
+
+def test_a_dry_run_counts_what_earlier_builds_lost(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", sample("a0"), *(sample(f"a{n}", b"{") for n in (1, 2)))
+    write_tar(tmp_path / "b.tar", sample("b0"), sample("b1", b"{"))
+    command(tmp_path / "cache", tmp_path / "a.tar", FULL, TEACHER, "--max-skipped", "2")
+
+    plain, more = (
+        command(
+            tmp_path / "cache", tmp_path / "[ab].tar", FULL, TEACHER,
+            "--dry-run", "--max-skipped", limit,
+        )
+        for limit in ("50%", "2")
+    )  # fmt: skip
+
+    assert "would stop" not in plain.stdout
+    assert "A build would stop: some 3 of 5 samples" in more.stdout
 
 
 def test_a_dry_run_refuses_what_the_build_would_refuse(tmp_path: Path, tar: Path) -> None:

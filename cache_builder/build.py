@@ -27,7 +27,8 @@ from cache_builder.probe import make_probe, write_probe
 from cache_builder.skips import SkipBudget, SkipLimit
 from cache_builder.tars import find_pending, tar_facts
 from cache_builder.teacher import Teacher
-from shared.errors import ConfigError, InputError
+from shared.durable import put_file
+from shared.errors import CacheError, ConfigError, InputError
 from shared.images import ImageProcessor
 from shared.memory import fitting
 from shared.plan import plan_file
@@ -35,7 +36,7 @@ from shared.record import FORMAT, ProbeSample, ShardRecord, shard_name
 from shared.samples import TarIndex, first_of, index_readable_tars
 from shared.spec import CacheSpec
 from shared.stopping import AGAIN, Stopped, StopRequest
-from shared.store import new_shard, put_file
+from shared.store import new_shard
 from shared.tokenizer import Tokenizer, tokenizer_identity
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def write_plan(out: Path, names: Sequence[str]) -> None:
     """
     file, content = plan_file(names)
     if not (out / file).exists():
-        put_file(out / file, content)
+        put_file(out / file, content, CacheError)
 
 
 def commit_shard(

@@ -40,7 +40,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopRequest]:
-    """A request that SIGTERM sets, as long as the block runs."""
+    """A request that SIGTERM sets, as long as the block runs.
+
+    Once it is set, the signals that come with the first kill nobody who has ended in the meantime
+    and says so.
+    """
     stop, first = StopRequest(), 0.0
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -58,4 +62,4 @@ def stop_on_sigterm() -> Iterator[StopRequest]:
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, on_signal if stop.requested else before)

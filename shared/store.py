@@ -9,13 +9,12 @@ Arrays are plain Zarr v3: one shard file per array (one write, one writer), smal
 zstd, and a crc32c on every chunk that is checked whenever it is read.
 """
 
-import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import zarr
 from msgspec.structs import asdict
 from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
 
+from shared.durable import make_folder, put, sync_folder
 from shared.errors import CacheError
 from shared.record import DATA, RECORDS, ShardRecord, StoredFile, compare
 
@@ -76,7 +76,7 @@ def new_shard(root: Path, name: str, **facts: Any) -> Iterator[ShardWriter]:
     data = f"{DATA}/{name}-{uuid.uuid4().hex[:8]}"
     try:
         with _dropped_on_failure(root / data):
-            _make_folder(root / DATA)
+            make_folder(root / DATA)
             group = zarr.open_group(str(root / data), mode="w-", zarr_format=3)
             writer = ShardWriter(group=group)
             yield writer
@@ -89,18 +89,6 @@ def new_shard(root: Path, name: str, **facts: Any) -> Iterator[ShardWriter]:
             f"{root}: shard {name} cannot be written ({error.strerror or error}); only "
             "what has a record counts, run the same command again once that is mended"
         ) from error
-
-
-def put_file(path: Path, content: bytes) -> None:
-    """Write a small file so that it is either absent, old or whole.
-
-    Raises:
-        CacheError: it cannot be written.
-    """
-    try:
-        _put(path, content)
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def put_array(
@@ -155,9 +143,9 @@ def _seal(folder: Path) -> dict[str, StoredFile]:
             name = path.relative_to(folder).as_posix()
             files[name] = StoredFile(size=path.stat().st_size, sha256=digest)
         else:
-            _sync_folder(path)
-    _sync_folder(folder)
-    _sync_folder(folder.parent)
+            sync_folder(path)
+    sync_folder(folder)
+    sync_folder(folder.parent)
     return files
 
 
@@ -173,42 +161,7 @@ def _commit(root: Path, record: ShardRecord, content: bytes) -> ShardRecord:
             compare(f"{root}: shard {record.name}{what}", found, ours, advice)
         shutil.rmtree(root / record.data, ignore_errors=True)
         return there
-    _make_folder(path.parent)
-    _sync_folder(root)  # a run that was killed may have made these folders and not got here
-    _put(path, content)
+    make_folder(path.parent)
+    sync_folder(root)  # a run that was killed may have made these folders and not got here
+    put(path, content)
     return record
-
-
-def _put(path: Path, content: bytes) -> None:
-    _make_folder(path.parent)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing, each known to the disk before the next."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts know no such
-            raise
-    finally:
-        os.close(descriptor)

@@ -73,9 +73,9 @@ def train_student(
     """Train a student on tars, with all losses of Align-KD if there is a cache.
 
     On several devices: torchrun --nproc_per_node N $(which train-student) ... . A run that was
-    killed goes on with --resume as if nothing had happened. SIGTERM stops it after the step or
-    evaluation in work, with a checkpoint and exit code 0. The student ends up in OUT/export, in
-    MobileVLM's published layout.
+    killed goes on with --resume as if nothing had happened. SIGTERM stops it after the step in
+    work, with a checkpoint and exit code 0; an evaluation is finished before, but for the last one.
+    The student ends up in OUT/export, in MobileVLM's published layout.
     """
     configure_logging(verbose=is_main_process())
     try:

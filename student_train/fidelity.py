@@ -22,17 +22,17 @@ from torch import Tensor
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder
 from shared.console import FOLDER, Command, configure_logging
-from shared.errors import CheckpointError, TrainingError
+from shared.errors import TrainingError
 from shared.images import ImageProcessor
 from shared.memory import fitting
 from shared.mobilevlm import keep_float32, load_model
 from shared.progress import progress
-from shared.readable import is_file
 from shared.samples import expand_tars
 from shared.tokenizer import load_tokenizer
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe, load_recipe
 from student_train.loading import micro_batches
+from student_train.runs import RunFolder
 from student_train.setup import Inputs, check_fit, make_student
 from student_train.student import TERMS, AlignedStudent
 from student_train.training_set import TrainingSet, load_training_set
@@ -130,12 +130,15 @@ def load_pair(inputs: Inputs, recipe: Recipe, exact: Cache, cache: Cache, name: 
 
 def inputs_of(name: str, vision_tower: str | None, cache: Cache, data: Sequence[str]) -> Inputs:
     """What a student is loaded from: a folder or hub id, or a run's export and adapters."""
-    run = Path(name)
-    if not is_file(run / "run.json", CheckpointError):
+    run = RunFolder(Path(name))
+    if not run.exists:
         student, adapters, accepted = name, None, []
     else:
-        student, adapters = str(run / "export"), run / "adapters.safetensors"
-        accepted = list(json.loads((run / "run.json").read_bytes())["accepted_mismatches"])
+        settings = run.read_settings()
+        if not settings.get("cache"):
+            raise TrainingError(f"{name}: was trained without a cache; name its export instead")
+        student, adapters = str(run.path / "export"), run.path / "adapters.safetensors"
+        accepted = list(settings.get("accepted_mismatches", {}))
     return Inputs(
         data=data, eval_data=(), student=student, vision_tower=vision_tower, cache=cache.root,
         adapters=adapters, accept=accepted,

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -29,7 +31,7 @@ from shared.errors import ConfigError, TrainingError
 from shared.memory import fitting
 from shared.mobilevlm import keep_float32
 from shared.progress import announced
-from shared.stopping import StopRequest
+from shared.stopping import Stopped, StopRequest
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet, Scores
@@ -91,7 +93,7 @@ def train(
         Stopped: a stop was asked for while the loop was not running.
         TrainingError: fewer samples than a global batch, a batch that the processes cannot share,
             a micro-batch that needs more memory than the device has, a loss or gradient that is
-            not finite, or a checkpoint that cannot be written.
+            not finite, or a checkpoint that cannot be read or written.
     """
     recipe, stop = training_set.recipe, stop or StopRequest()
     last_step = num_steps(training_set, accelerator.num_processes)
@@ -127,7 +129,15 @@ def train(
         stopped = _is_asked(stop, accelerator)  # perhaps while the last checkpoint was written
         stop.is_watched = False
         if held_out is not None and not stopped:
-            scores = _evaluate(last_step, student, held_out, accelerator, watch)
+            try:
+                scores = _evaluate(last_step, student, held_out, accelerator, watch)
+            except Stopped:
+                stopped = True
+            if scores is not None and not math.isfinite(scores.loss):
+                raise TrainingError(
+                    f"step {last_step}: the held-out loss is {scores.loss}, nothing is exported; "
+                    "try a lower rate or precision bfloat16, in another --out"
+                )
     return Outcome(
         steps=state.step, last_step=last_step, stopped=stopped, seconds=watch.seconds, scores=scores
     )
@@ -229,11 +239,13 @@ def num_steps(training_set: TrainingSet, world: int) -> int:
         TrainingError: too few samples, or a global batch that the processes cannot share.
     """
     recipe = training_set.recipe
-    if recipe.global_batch % (recipe.micro_batch * world):
+    share, odd = divmod(recipe.global_batch, world)
+    if odd or share % recipe.micro_batch:
+        fits = f"global_batch to a multiple of {world}"
+        fits = fits if odd else f"micro_batch to a divisor of {share}"
         raise TrainingError(
             f"global_batch {recipe.global_batch} cannot be shared by {world} processes in "
-            f"micro-batches of {recipe.micro_batch}; --set micro_batch to a divisor of "
-            f"{recipe.global_batch / world:g}"
+            f"micro-batches of {recipe.micro_batch}; --set {fits}"
         )
     per_epoch = len(training_set) // recipe.global_batch
     if not per_epoch:
@@ -313,10 +325,28 @@ def _is_asked(stop: StopRequest, accelerator: Accelerator) -> bool:
 def _resume(accelerator: Accelerator, checkpoint: Path | None) -> RunState:
     if checkpoint is None:
         return RunState()
-    with announced(f"reading {checkpoint}"):
-        accelerator.load_state(str(checkpoint))
+    try:
+        with announced(f"reading {checkpoint}"):
+            accelerator.load_state(str(checkpoint))
+        state = RunState(**json.loads((checkpoint / "progress.json").read_bytes()))
+    except torch.OutOfMemoryError:
+        raise
+    # torch.load, pickle and safetensors have reasons of their own.
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise TrainingError(
+            f"{checkpoint}: cannot be read ({' '.join(str(error).split())[:200]}); mend that, or "
+            "delete it, and --resume goes on from the one before"
+        ) from error
     log.info("resumed from=%s", checkpoint.name)
-    return RunState(**json.loads((checkpoint / "progress.json").read_bytes()))
+    return state
 
 
 def _gradients(

@@ -9,6 +9,7 @@ from shared.cache import Cache
 from shared.images import ImageProcessor
 from shared.probe import Differences, ProbeInput, compare_pixels, compare_text, read_probe
 from shared.record import compare
+from shared.samples import spread
 from shared.tokenizer import Tokenizer
 from student_train.config import Recipe
 
@@ -43,7 +44,7 @@ def check_probe(
     """
     begin = time.monotonic()
     sections = {name.partition(".")[0] for name in accepted}
-    shards = _spread([name for name, record in cache.records.items() if record.probe])
+    shards = spread([name for name, record in cache.records.items() if record.probe], _MOST_SHARDS)
     probe = [found for name in shards for found in read_probe(cache.root, cache.records[name])]
 
     def differences(found: ProbeInput) -> Differences:
@@ -68,13 +69,6 @@ def check_probe(
         time.monotonic() - begin,
     )  # fmt: skip
     return found
-
-
-def _spread(shards: Sequence[str]) -> list[str]:
-    """At most so many of them, evenly over the cache."""
-    if len(shards) <= _MOST_SHARDS:
-        return list(shards)
-    return [shards[number * len(shards) // _MOST_SHARDS] for number in range(_MOST_SHARDS)]
 
 
 def _side(unequal: Mapping[str, Differences], side: int) -> dict[str, dict[str, str]]:

@@ -8,11 +8,13 @@ OUT/checkpoints/step-00000500/    everything that a resumed run needs (this run'
                                   of run.json as lineage.json
 OUT/export/                       the student in the published layout
 OUT/adapters.safetensors          the adapters, for a next stage
+OUT/lock                          locked by the run that goes on here
 """
 
+import fcntl
 import hashlib
 import json
-import os
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,13 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from shared.checkpoint import copy_settings, write_weights
+from shared.durable import make_folder, put_file, sync_folder, sync_tree
 from shared.errors import TrainingError
 from shared.mobilevlm import MobileVLM
 from shared.readable import is_file, reading
 from shared.record import differences
-from shared.store import put_file
 from student_train.config import MAY_CHANGE
 from student_train.student import Adapters
+
+log = logging.getLogger(__name__)
 
 _RECORDED = ("code", "adapters")
 """Settings that are not compared on resuming: code may be updated, and which adapters a run began
@@ -62,6 +66,19 @@ class RunFolder:
         """Whether a run has begun here."""
         return is_file(self._settings, TrainingError)
 
+    def read_settings(self) -> dict[str, Any]:
+        """What `write_settings` wrote.
+
+        Raises:
+            TrainingError: it cannot be read.
+        """
+        try:
+            return dict(json.loads(self._settings.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise TrainingError(
+                f"{self._settings}: cannot be read ({error}); start anew in another --out"
+            ) from error
+
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuse to go on with a run that began with something else.
 
@@ -75,7 +92,7 @@ class RunFolder:
             return
         changed = [
             f"{name} was {old!r} and is {new!r} now"
-            for name, old, new in differences(_read_settings(self._settings), settings)
+            for name, old, new in differences(self.read_settings(), settings)
             if name.removeprefix("recipe.") not in MAY_CHANGE
             and name.partition(".")[0] not in _RECORDED
         ]
@@ -88,14 +105,36 @@ class RunFolder:
 
     def code_with(self, code: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """Every code that the run was made by, in order, `code` being what goes on with it."""
-        before = _read_settings(self._settings).get("code") if self.exists else None
+        before = self.read_settings().get("code") if self.exists else None
         known = before if isinstance(before, list) else []
         return known if known and known[-1] == code else [*known, code]
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from training into the folder as long as the block runs.
+
+        Raises:
+            TrainingError: another one does, or the folder cannot be written.
+        """
+        with writing(self.path):
+            make_folder(self.path)
+            lock = (self.path / "lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TrainingError(
+                    f"{self.path}: another process trains into it; wait for its end and --resume, "
+                    "or take another --out"
+                ) from error
+            except OSError:  # some network mounts know no locks
+                log.warning("%s: cannot be locked; do not train twice into it", self.path)
+            yield
+
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Claim the folder; checkpoints say the same from now on."""
+        """From now on the folder holds a run; checkpoints say the same."""
         self._written = settings
-        put_file(self._settings, json.dumps(settings, indent=1).encode())
+        put_file(self._settings, json.dumps(settings, indent=1).encode(), TrainingError)
 
     def newest_checkpoint(self) -> Path | None:
         """The last whole checkpoint."""
@@ -113,11 +152,9 @@ class RunFolder:
     def commit_checkpoint(self, partial: Path, step: int) -> None:
         """Give a written checkpoint its lineage and final name."""
         (partial / "lineage.json").write_text(json.dumps(self._written, indent=1) + "\n")
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        sync_tree(partial)
         partial.replace(self.checkpoint_path(step))
+        sync_folder(partial.parent)  # before older ones are deleted
 
     def drop_checkpoints(self, keep: int) -> None:
         """Delete all but the newest, and halves."""
@@ -131,7 +168,24 @@ class RunFolder:
         if file.is_file():
             lines = file.read_text().splitlines()
             kept = [line for line in lines if _is_kept(line, step)]
-            put_file(file, "".join(f"{line}\n" for line in kept).encode())
+            put_file(file, "".join(f"{line}\n" for line in kept).encode(), TrainingError)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Of a block that writes a file or folder of a run: what to do if it cannot.
+
+    Raises:
+        TrainingError: names the path and the reason, as a full disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save, safetensors
+        why = isinstance(error, OSError) and error.strerror
+        raise TrainingError(
+            f"{path}: cannot be written ({why or ' '.join(str(error).split())[:200]}); whole "
+            "checkpoints stay, run it again with --resume once that is mended"
+        ) from error
 
 
 @contextmanager
@@ -139,22 +193,14 @@ def whole_or_gone(folder: Path) -> Iterator[None]:
     """Of a block that writes `folder`: if it cannot, the space is given back.
 
     Raises:
-        TrainingError: names the folder and the reason, as a full disk.
+        TrainingError: as `writing`.
     """
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save, safetensors
+        with writing(folder):
+            yield
+    except TrainingError:
         shutil.rmtree(folder, ignore_errors=True)
-        raise unwritten(folder, error) from error
-
-
-def unwritten(path: Path, error: Exception) -> TrainingError:
-    """The error that says so of a file or folder of a run, and what to do."""
-    why = isinstance(error, OSError) and error.strerror
-    return TrainingError(
-        f"{path}: cannot be written ({why or ' '.join(str(error).split())[:200]}); whole "
-        "checkpoints stay, run it again with --resume once that is mended"
-    )
+        raise
 
 
 def export_student(
@@ -206,9 +252,10 @@ def save_adapters(adapters: Adapters, path: Path) -> None:
     """Adapters as safetensors, for a next stage.
 
     Raises:
-        CacheError: they cannot be written.
+        TrainingError: they cannot be written.
     """
-    put_file(path, save({k: v.cpu().contiguous() for k, v in adapters.state_dict().items()}))
+    state = {name: tensor.cpu().contiguous() for name, tensor in adapters.state_dict().items()}
+    put_file(path, save(state), TrainingError)
 
 
 def load_adapters(adapters: Adapters, path: Path) -> None:
@@ -226,15 +273,6 @@ def load_adapters(adapters: Adapters, path: Path) -> None:
         found = {name: list(tensor.shape) for name, tensor in state.items()}
         wanted = {name: list(tensor.shape) for name, tensor in adapters.state_dict().items()}
         raise TrainingError(f"{path}: adapters {found} do not fit, expected {wanted}") from error
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise TrainingError(
-            f"{file}: cannot be read ({error}); start anew in another --out"
-        ) from error
 
 
 def _is_kept(line: str, step: int) -> bool:

@@ -3,11 +3,13 @@
 import gc
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from shared.cache import Cache, open_cache
@@ -116,8 +118,6 @@ def run_training(
     checkpoint = run.newest_checkpoint()
     # All processes have looked before one of them writes.
     refuse_disagreement(settings, checkpoint)
-    if accelerator.is_main_process:
-        run.write_settings(settings)
     log.info(
         "samples=%d skipped=%d processes=%d device=%s cache=%s", len(training_set),
         len(training_set.skipped), accelerator.num_processes, accelerator.device,
@@ -127,16 +127,16 @@ def run_training(
         log.warning("eval_every=%d, but no --eval-data: nothing is evaluated", recipe.eval_every)
     for sample in training_set.skipped[:20]:
         log.warning("skipped=%s reason=%s", sample.key, sample.reason)
-    outcome = train(student, training_set, held_out, run, accelerator, checkpoint, stop)
-    if accelerator.is_main_process and not outcome.stopped:
-        _export(student, folder, run, recipe, settings)
-    accelerator.wait_for_everyone()  # the export is written: NCCL may not be left by some alone
-    # In this order: a data-parallel wrapper (a cycle of references) that is the last to let go of
-    # the group of processes holds Python's lock meanwhile, and gloo's thread may be waiting for it:
-    # neither would go on.
-    accelerator.free_memory()
-    gc.collect()
-    accelerator.end_training()
+    with run.claimed() if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            if not resume:
+                run.check_free()  # another run may have begun meanwhile
+            run.write_settings(settings)
+        outcome = train(student, training_set, held_out, run, accelerator, checkpoint, stop)
+        if accelerator.is_main_process and not outcome.stopped:
+            _export(student, folder, run, recipe, settings)
+        accelerator.wait_for_everyone()  # the export is written: NCCL may not be left by some alone
+    _leave(accelerator)
     return outcome
 
 
@@ -330,3 +330,15 @@ def _export(
             student.model, folder.path, export, form=recipe.export_weights, lineage=lineage
         )
     log.info("exported=%s", export)
+
+
+def _leave(accelerator: Accelerator) -> None:
+    """End the group of processes.
+
+    In this order: a data-parallel wrapper (a cycle of references) that is the last to let go of the
+    group holds Python's lock meanwhile, and gloo's thread may be waiting for it: neither would go
+    on.
+    """
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()

@@ -5,8 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -14,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from shared.errors import TrainingError
 from student_train.batch import TrainingBatch
 from student_train.evaluate import Scores
-from student_train.runs import RunFolder, unwritten
+from student_train.runs import RunFolder, writing
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Watch:
             every: steps between log lines.
             unlogged: what `unlogged` was when step `first` was saved.
         """
-        self._main, self._every, self._last = main, every, last
+        self._main, self._every, self._last, self._path = main, every, last, run.path
         self._sums = dict(unlogged)
         self._timed, self._paused, self._begun = 0, 0.0, time.monotonic()
         self._mark = self._begun
@@ -52,16 +51,24 @@ class Watch:
             run.cut_log(first)
             take = self._opened.enter_context
             self._bar = take(tqdm(initial=first, total=last, unit="step", desc="train"))
-            self._board = take(SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1))
-            self._file = take((run.path / "log.jsonl").open("a", buffering=1))
+            board, file = run.path / "tensorboard", run.path / "log.jsonl"
+            with writing(board):
+                self._board = take(SummaryWriter(str(board), purge_step=first + 1))
+            with writing(file):
+                self._file = take(file.open("a", buffering=1))
 
     def __enter__(self) -> "Watch":
         self._opened.enter_context(logging_redirect_tqdm())
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.seconds = time.monotonic() - self._begun - self._paused
-        self._opened.close()
+        try:
+            with writing(self._path):
+                self._opened.close()
+        except TrainingError:
+            if error is None:  # else that one says more
+                raise
 
     @property
     def unlogged(self) -> dict[str, float]:
@@ -135,11 +142,8 @@ class Watch:
         log.info("step=%d/%d %s", step, self._last, shown)
         # JSON has neither infinity nor NaN, which a held-out loss may be.
         numbers = {name: x if math.isfinite(x) else None for name, x in line.items()}
-        try:
+        with writing(self._path / "log.jsonl"):
             self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        except OSError as error:
-            with suppress(OSError):  # it would try once more to write the line
-                self._file.close()
-            raise unwritten(Path(self._file.name), error) from error
-        for name, value in line.items():
-            self._board.add_scalar(name, value, step)
+        with writing(self._path / "tensorboard"):
+            for name, value in line.items():
+                self._board.add_scalar(name, value, step)

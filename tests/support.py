@@ -7,6 +7,7 @@ import ctypes
 import io
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,6 +175,17 @@ def error_line(result: Result) -> str:
     assert "Traceback" not in result.stderr
     assert lines[-1].startswith("Error: "), result.stderr
     return lines[-1]
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager

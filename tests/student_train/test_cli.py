@@ -204,8 +204,10 @@ def test_a_micro_batch_that_the_processes_cannot_share_says_which_would_do(
 
     samples = training_set(tars, recipe(micro_batch=8), None)
 
-    with pytest.raises(TrainingError, match="global_batch 8 cannot be shared by 2 processes"):
+    with pytest.raises(TrainingError, match=r"by 2 .*; --set micro_batch to a divisor of 4$"):
         num_steps(samples, world=2)
+    with pytest.raises(TrainingError, match=r"by 3 .*; --set global_batch to a multiple of 3$"):
+        num_steps(samples, world=3)
 
 
 def test_steps_are_those_of_the_epochs_unless_limited(tars: list[Path]) -> None:

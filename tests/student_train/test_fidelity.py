@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.cache import Cache, open_cache
-from shared.errors import MismatchError
+from shared.errors import MismatchError, TrainingError
 from student_train.config import Recipe
 from student_train.fidelity import (
     StudentFidelity,
@@ -75,9 +75,23 @@ def test_the_cosine_is_that_of_the_gradients_of_the_training_loop(
     assert found.terms["sup"].worst_error == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [("{", "run.json: cannot be read"), ('{"cache": null}', "was trained without a cache")],
+)
+def test_a_run_that_cannot_stand_for_a_student_is_refused(
+    full_cache: Cache, tmp_path: Path, settings: str, message: str
+) -> None:
+    (tmp_path / "run.json").write_text(settings)
+
+    with pytest.raises(TrainingError, match=message):
+        inputs_of(str(tmp_path), None, full_cache, [])
+
+
 def test_a_run_stands_for_its_export_and_its_adapters(full_cache: Cache, tmp_path: Path) -> None:
     accepted = {"tokenizer": {"cache": 1, "run": 2}}
-    (tmp_path / "run.json").write_text(json.dumps({"accepted_mismatches": accepted}))
+    settings = {"cache": {"digest": "x"}, "accepted_mismatches": accepted}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
 
     inputs = inputs_of(str(tmp_path), None, full_cache, [])
 

@@ -7,12 +7,10 @@ import itertools
 import json
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,7 @@ from tests.student_train.support import (
     training_set,
     write_recipe,
 )
-from tests.support import CLIP, build, error_line, teacher_copy
+from tests.support import CLIP, build, error_line, full_disk, teacher_copy
 
 # 12 steps; log lines, evaluations and checkpoints fall on different steps.
 RUN: dict[str, Any] = {
@@ -555,17 +553,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 
-@contextmanager
-def full_disk(most: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_gives_its_space_back(
     tars: list[Path], tmp_path: Path
 ) -> None:
@@ -576,6 +563,58 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_gives_its_space_bac
     assert "step-00000003.partial: cannot be written (" in line
     assert "whole checkpoints stay, run it again with --resume" in line
     assert not [*tmp_path.glob("run/**/*.partial")]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_line(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    newest = RunFolder(out).checkpoints()[-1]
+    for name in ("model.safetensors", "optimizer.bin", "progress.json"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[: len(whole) // 2])
+
+        line = error_line(train(out, tars, orphan_cache, "--eval-data", tars[1], "--resume", **RUN))
+
+        assert f"{newest}: cannot be read (" in line
+        assert "delete it, and --resume goes on from the one before" in line
+        (newest / name).write_bytes(whole)
+
+
+def test_two_runs_do_not_train_into_one_folder(
+    undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    with RunFolder(out).claimed():
+        result = train(out, tars, orphan_cache, "--eval-data", tars[1], "--resume", **RUN)
+
+    assert f"{out}: another process trains into it" in error_line(result)
+
+
+def test_a_held_out_loss_that_is_not_finite_exports_nothing(
+    tars: list[Path], tmp_path: Path
+) -> None:
+    options = {**RUN, "max_steps": 1, "optim": {"lr": 1e30, "warmup": 0.0}}
+
+    result = train(tmp_path / "run", tars, None, "--eval-data", tars[1], **options)
+
+    assert "step 1: the held-out loss is nan, nothing is exported" in error_line(result)
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_sigterm_in_the_last_evaluation_says_which_step_is_saved(
+    tars: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(HeldOutSet, "score", asked)
+    once = {**RUN, "eval_every": 12}
+
+    result = train(tmp_path / "run", tars, None, "--eval-data", tars[1], "--json", **once)
+
+    assert json.loads(result.stdout) == {"stopped": True, "steps": 12}
+    assert not (tmp_path / "run" / "export").exists()
 
 
 @pytest.mark.usefixtures("_one_thread")

@@ -10,6 +10,7 @@ from shared.errors import TrainingError
 from student_train import watch
 from student_train.evaluate import Scores
 from student_train.runs import RunFolder
+from tests.support import full_disk
 
 
 def test_an_evaluation_between_two_log_lines_does_not_count_as_training(
@@ -48,12 +49,25 @@ def test_a_step_that_the_scaler_left_out_is_not_in_a_line_s_means(tmp_path: Path
     assert third == {"step": 4, "eval_loss": None}
 
 
-def test_a_log_line_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> None:
-    seen = watch.Watch(RunFolder(tmp_path), main=True, every=1, first=0, last=1, unlogged={})
+# A log line goes to the disk at once, events when there are many: by a thread that shows its error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("most", "name"), [(10, "log.jsonl"), (40_000, "tensorboard")])
+def test_a_log_that_cannot_be_written_is_one_of_our_errors(
+    tmp_path: Path, most: int, name: str
+) -> None:
+    seen = watch.Watch(RunFolder(tmp_path), main=True, every=1, first=0, last=10_000, unlogged={})
 
-    with (
-        seen,
-        Path("/dev/full").open("w", buffering=1) as seen._file,
-        pytest.raises(TrainingError, match=r"full: cannot be written \(No space left on device\)"),
-    ):
-        seen.step(1, {"loss": 1.0}, 2.0, 1e-3, 40)
+    def steps() -> None:
+        with full_disk(most), seen:
+            for step in range(1, 10_000):
+                seen.step(step, {"loss": 1.0}, 2.0, 1e-3, 40)
+
+    with pytest.raises(TrainingError, match=rf"{name}: cannot be written \(File too large\)"):
+        steps()
+
+
+def test_logs_that_cannot_be_opened_are_one_of_our_errors(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").mkdir()
+
+    with pytest.raises(TrainingError, match=r"log.jsonl: cannot be written \(Is a directory\)"):
+        watch.Watch(RunFolder(tmp_path), main=True, every=1, first=0, last=1, unlogged={})

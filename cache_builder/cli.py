@@ -100,7 +100,10 @@ def build_cache(
             )  # fmt: skip
             report = build.build_cache(builder, tars, out, max_skipped=limit, stop=stop)
     except Stopped:
-        click.echo(f"{out}: stopped by SIGTERM before a shard was built; {AGAIN}")
+        if as_json:
+            click.echo(json.dumps({"stopped": True, "built": 0}))
+        else:
+            click.echo(f"{out}: stopped by SIGTERM before a shard was built; {AGAIN}")
         return
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report)))

@@ -8,17 +8,21 @@ knows how.
 Axes: B sample, N image, P patch, V vision token, C channel, T token.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from shared.checkpoint import ModelFolder
@@ -52,6 +56,9 @@ MULTIMODAL_FIELDS = {
     "vision_tower_type": "clip",
 }
 "What a Llama's config.json gets when it becomes a MobileVLM (values of the published ones)."
+
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class _FeatureIR(nn.Module):
@@ -101,7 +108,8 @@ class VLMConfig:
     @property
     def llama(self) -> LlamaConfig:
         """The language model's config."""
-        return LlamaConfig(**{**self.published, "model_type": "llama", "dtype": None})
+        # A copy: transformers adds to the dictionary of the rotary embedding.
+        return LlamaConfig(**{**deepcopy(self.published), "model_type": "llama", "dtype": None})
 
     @property
     def tower_layers(self) -> int:
@@ -188,7 +196,7 @@ class MobileVLM(nn.Module):
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
         padded = pad(embeds)
         mask = pad([embed.new_ones(len(embed), dtype=torch.long) for embed in embeds])
-        end = int(self.config.published.get("eos_token_id", 2))
+        end = int(self.config.llama.eos_token_id)
         out = self.llm.generate(
             inputs_embeds=padded, attention_mask=mask, do_sample=False, num_beams=1,
             max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end,
@@ -212,7 +220,7 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
             raise CheckpointError(
                 f"{folder.name}: is a Llama without a vision tower; name one with --vision-tower"
             )
-        published = {**published, **MULTIMODAL_FIELDS}
+        published = {**_rope_as_published(published), **MULTIMODAL_FIELDS}
     if not str(published["mm_projector_type"]).startswith("ldpnetv2"):
         raise CheckpointError(
             f"{folder.name}: mm_projector_type {published['mm_projector_type']!r}, "
@@ -220,7 +228,9 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
         )
     tower = _open_tower(folder, published, vision_tower)
     tower_config = tower.config()
-    clip = CLIPVisionConfig(**tower_config.get("vision_config", tower_config))
+    with _accepted(tower):
+        clip = CLIPVisionConfig(**tower_config.get("vision_config", tower_config))
+        _check_activation(clip.hidden_act)
     # A local tower goes along with what is exported, so its name is enough; a hub id stays one.
     published.setdefault("mm_vision_tower", tower.path.name if tower.is_local else tower.name)
     if published.setdefault("mm_hidden_size", clip.hidden_size) != clip.hidden_size:
@@ -232,7 +242,10 @@ def read_config(folder: ModelFolder, vision_tower: str | None = None) -> VLMConf
         if not isinstance(published.get(field), int):
             raise CheckpointError(f"{folder.name}: config.json has no {field}")
     _check_selection(folder, published, int(clip.num_hidden_layers))
-    return VLMConfig(published=published, tower=clip, tower_folder=tower.path)
+    config = VLMConfig(published=published, tower=clip, tower_folder=tower.path)
+    with _accepted(folder):
+        _check_llama(config.llama)
+    return config
 
 
 def keep_float32() -> None:
@@ -340,6 +353,52 @@ def to_published(name: str) -> str:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name.removeprefix("llm.")
+
+
+def _rope_as_published(llama: Mapping[str, Any]) -> dict[str, Any]:
+    """A Llama's config with its rotary embedding and number format as transformers 4 writes them:
+    the original code reads no others, and would run with the base 10000.
+    """
+    published = dict(llama)
+    if rope := published.pop("rope_parameters", None):
+        rope = dict(rope)
+        kind = rope.pop("rope_type", "default")
+        published["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        published["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    if "dtype" in published:
+        published["torch_dtype"] = published.pop("dtype")
+    return published
+
+
+@contextmanager
+def _accepted(folder: ModelFolder) -> Iterator[None]:
+    """Of a block that reads values of a config.json: what is wrong with one names the folder."""
+    try:
+        yield
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder.name}: config.json cannot be used ({why})") from error
+
+
+def _check_llama(llama: LlamaConfig) -> None:
+    _check_activation(llama.hidden_act)
+    kind = llama.rope_parameters["rope_type"]
+    if kind not in _ROPE_TYPES:
+        # Others take their frequencies from the longest sequence of a batch: what is stored of a
+        # sample would depend on those beside it.
+        raise ValueError(f"rope_type {kind!r}, expected one of {', '.join(_ROPE_TYPES)}")
+    if llama.tie_word_embeddings:
+        raise ValueError(
+            "tie_word_embeddings is true, but MobileVLM's layout has an lm_head of its own: save "
+            "the model with it false and both tensors"
+        )
+    if type(llama.eos_token_id) is not int:
+        raise ValueError(f"eos_token_id is {llama.eos_token_id!r}, expected one token")
+
+
+def _check_activation(name: str) -> None:
+    if name not in ACT2FN:
+        raise ValueError(f"hidden_act {name!r} is not known")
 
 
 def _check_selection(folder: ModelFolder, published: Mapping[str, Any], depth: int) -> None:

@@ -35,6 +35,8 @@ T = TypeVar("T")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _MAX_JSON, _MAX_IMAGE, _MAX_HEADER = 16 * 2**20, 64 * 2**20, 2**20
 "Bytes; a name or extended header of a tar is at most `_MAX_HEADER`."
+_MAX_END = 2**20
+"Bytes of zeros that end a tar: one of tar's records, 10 kB if nothing else is asked for."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,9 +114,11 @@ def expand_tars(patterns: Sequence[str]) -> list[Path]:
         if is_url(pattern):
             raise InputError(f"{pattern} {NO_URLS}")
         for text in _expand_braces(pattern):
+            # A folder may have [ and ] in its name.
             found = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
-            if not found:
+            if not found and not os.path.isfile(text):
                 raise _no_match(text)
+            found = found or [text]
             paths += [Path(path) for path in found]
     paths = list(dict.fromkeys(paths))
     names: dict[str, Path] = {}
@@ -158,8 +162,7 @@ def index_tar(path: Path) -> TarIndex:
         digest = hashlib.sha256()
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             groups = _group(tar, digest)
-            if not _ends_with_zero_block(path):
-                raise tarfile.ReadError("no end-of-archive mark")
+            _check_end(path, tar.offset)
     # tarfile raises all of these on damaged headers; a chain of long names ends its recursion.
     except (
         tarfile.TarError, OSError, ValueError, IndexError, OverflowError, RecursionError,
@@ -352,12 +355,19 @@ def _listed(key: str, number: int) -> str:
     return text if text == key else f"{text} ({number})"
 
 
-def _ends_with_zero_block(path: Path) -> bool:
+def _check_end(path: Path, begin: int) -> None:
+    """Refuse what a tar does not end with: tarfile stops at the first block of zeros, and samples
+    behind it would be lost without a word.
+    """
     with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) < tarfile.BLOCKSIZE:
-            return False
-        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-        return not any(file.read(tarfile.BLOCKSIZE))
+        file.seek(begin)
+        end = file.read(_MAX_END + 1)
+    if len(end) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("no end-of-archive mark")
+    if any(end):
+        raise tarfile.ReadError("more behind its end: damaged, or several tars in one file")
+    if len(end) > _MAX_END:
+        raise tarfile.ReadError(f"over {_MAX_END} bytes of zeros behind its last member")
 
 
 def _read(descriptor: int, member: Member) -> bytes:

@@ -22,6 +22,7 @@ class Tokenizer(Protocol):
     bos_token_id: int
     eos_token_id: int
     all_special_tokens: list[str]
+    backend_tokenizer: Any
 
     def __call__(self, text: str) -> Any: ...
     def __len__(self) -> int: ...
@@ -32,12 +33,14 @@ class Tokenizer(Protocol):
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's sentencepiece tokenizer with the original code's behaviour.
 
-    `legacy=True`: transformers 5 splits text after `</s>` and around leading spaces differently
-    from the slow tokenizer that MobileVLM was trained with, unless told so.
+    `legacy=True`: transformers 5 splits text after `</s>` differently from the slow tokenizer that
+    MobileVLM was trained with, unless told so. And sentencepiece puts a space before every text;
+    transformers 5 leaves it out where one stands there already, which is another token.
 
     Raises:
         CheckpointError: no tokenizer.model, one that cannot be read, or not a Llama tokenizer.
     """
+    from tokenizers.normalizers import Prepend, Replace, Sequence
     from transformers import LlamaTokenizer
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
@@ -57,6 +60,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise CheckpointError(f"{folder}: tokenizer.model holds no vocabulary")
+    backend = tokenizer.backend_tokenizer
+    space = "\u2581"  # as sentencepiece writes it
+    backend.normalizer = Sequence([Prepend(space), Replace(" ", space)])
+    backend.pre_tokenizer = None
     return tokenizer
 
 

@@ -117,6 +117,13 @@ def test_image_settings_that_may_not_be_read(tmp_path: Path, tar: Path) -> None:
         ("mm_vision_select_layer", None),
         ("mm_vision_select_layer", -9),
         ("mm_vision_select_feature", "cls_patch"),
+        ("rms_norm_eps", "x"),
+        ("hidden_act", "none"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
+        ("rope_scaling", {"type": "none", "factor": 2.0}),
+        ("tie_word_embeddings", True),
+        ("eos_token_id", [2, 3]),
+        ("eos_token_id", None),
     ],
 )
 def test_a_config_field_that_cannot_be_is_named(
@@ -124,7 +131,7 @@ def test_a_config_field_that_cannot_be_is_named(
 ) -> None:
     teacher = teacher_copy(tmp_path / "teacher", config={field: value})
 
-    assert field in refused(tmp_path, tar, teacher=teacher)
+    assert field.removesuffix("_scaling") in refused(tmp_path, tar, teacher=teacher)
 
 
 def test_a_teacher_without_a_vision_tower_in_reach(tmp_path: Path, tar: Path) -> None:

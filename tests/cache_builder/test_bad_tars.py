@@ -2,11 +2,13 @@
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from shared.cache import open_cache
+from shared.samples import expand_tars
 from tests.support import (
     ALIGN_ONLY,
     build,
@@ -42,6 +44,12 @@ def test_a_glob_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     line = error_line(command(tmp_path / "cache", [f"{tmp_path}/*.tar"], ALIGN_ONLY))
 
     assert "*.tar: matches no tar" in line
+
+
+def test_a_tar_in_a_folder_whose_name_looks_like_a_pattern_is_found(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "set[1]" / "t.tar", sample("a"))
+
+    assert expand_tars([str(tar)]) == [tar]
 
 
 def test_an_unbalanced_brace_is_an_error(tmp_path: Path) -> None:
@@ -81,6 +89,22 @@ def test_a_tar_cut_at_any_block_of_its_end_is_refused(
     line = error_line(command(tmp_path / "cache", tars[:1], ALIGN_ONLY))
 
     assert "t-0.tar: truncated or not a tar" in line
+
+
+@pytest.mark.parametrize(
+    ("behind", "message"),
+    [
+        (lambda tar: tar.read_bytes(), "more behind its end: damaged, or several tars in one file"),
+        (lambda _: bytes(2**20), "over 1048576 bytes of zeros behind its last member"),
+    ],
+)
+def test_a_tar_with_more_behind_its_end_is_refused(
+    tmp_path: Path, tars: list[Path], behind: Callable[[Path], bytes], message: str
+) -> None:
+    """Samples there would be lost without a word."""
+    tars[0].write_bytes(tars[0].read_bytes() + behind(tars[1]))
+
+    assert message in error_line(command(tmp_path / "cache", tars[:1], ALIGN_ONLY))
 
 
 @pytest.mark.parametrize("content", [b"", b"boat", b"\x1f\x8b\x08" + b"x" * 2000, b"x" * 10240])

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cache_builder import gc
 from cache_builder.cli import cache_tools
+from cache_builder.repair import missing_shards
 from cache_builder.values import wrong_value
 from shared.cache import Cache, open_cache
 from shared.plan import plan_file
@@ -778,3 +780,65 @@ def test_shards_differ_in_tar_samples_and_skips(root: Path, cache_path: Path) ->
     assert found["probe"] == {
         p.key: [p.pixels_sha256 or "text only", None] for p in record(cache_path, BAD).probe
     }
+
+
+def test_arrays_of_equal_sizes_and_other_bytes_differ(root: Path, cache_path: Path) -> None:
+    def edit(values: dict[str, Any]) -> None:
+        values["files"]["labels/c/0"]["sha256"] = "0" * 64
+
+    edit_record(root, BAD, edit)
+
+    assert set(diff(cache_path, root)["shards"][BAD]["arrays"]) == {"labels"}
+
+
+def test_gc_leaves_a_folder_whose_name_only_begins_like_a_shards(root: Path) -> None:
+    mine = root / "data" / "ref-000001-01234567.kept"
+    mine.mkdir()
+
+    run("gc", root, "--older-than", 0)
+
+    assert mine.is_dir()
+
+
+def test_gc_spares_a_shard_whose_record_comes_while_it_looks(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = root / "records" / f"{BAD}.json"
+    content = path.read_bytes()
+    path.unlink()
+    listed = gc.list_inside
+
+    def committed_meanwhile(root: Path, folder: str) -> Any:
+        found = list(listed(root, folder))
+        if folder == "data":
+            path.write_bytes(content)
+        return found
+
+    monkeypatch.setattr(gc, "list_inside", committed_meanwhile)
+
+    run("gc", root, "--older-than", 0)
+
+    assert data(root).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [(0.0, "sum of a response's probabilities"), (-np.inf, "rest .* hold NaN or infinity")],
+)
+def test_a_rest_that_cannot_be_is_said(cache: Cache, rest: float, message: str) -> None:
+    sample = cache.read("s0")
+    assert sample.top_logprobs is not None
+    values = np.full(len(sample.top_logprobs), rest, dtype=np.float32)
+
+    found = wrong_value(dataclasses.replace(sample, rest_logprobs=values))
+
+    assert found is not None
+    assert re.search(message, found), found
+
+
+def test_shards_of_every_plan_are_missed(root: Path) -> None:
+    for name in ("ref-000007", "ref-000008"):
+        file, content = plan_file([name])
+        (root / file).write_bytes(content)
+
+    assert missing_shards(root) == ["ref-000007", "ref-000008"]

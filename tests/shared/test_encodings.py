@@ -277,3 +277,14 @@ def _golden(name: str) -> dict[str, Any]:
 
 def _bytes(parts: Parts) -> dict[str, bytes]:
     return {suffix: stored.tobytes() for suffix, stored in parts.items()}
+
+
+@pytest.mark.parametrize("name", ["channel6", "channel4"])
+def test_many_equal_values_do_not_push_a_lone_one_past_the_bound(name: str) -> None:
+    levels = ENCODINGS[name].levels  # so a step of the range scale is 1
+    channel = np.array([0.0, 4.6] * 1000 + [levels], dtype=np.float32)
+    values = channel[None, :, None].repeat(4, axis=2)
+
+    found = decode(name, encode(name, values))
+
+    assert np.abs(found - values).max() <= 1 + 2**-7

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from shared.cache import Cache
 from shared.checkpoint import ModelFolder
@@ -119,6 +120,23 @@ def test_a_vision_tower_that_is_not_there_is_said_to_be_the_configs(tmp_path: Pa
         CheckpointError, match=r"config\.json of .*student names: openai/no/tower: "
     ):
         read_config(ModelFolder(str(folder)))
+
+
+def test_a_llama_of_transformers_5_becomes_a_mobilevlm_that_the_original_code_reads(
+    tmp_path: Path,
+) -> None:
+    """It reads no `rope_parameters`, and would run with the base 10000."""
+    folder = tmp_path / "llama"
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    llama = LlamaConfig(rope_parameters=rope)
+    llama.save_pretrained(folder)
+
+    config = read_config(ModelFolder(str(folder)), str(CLIP))
+
+    assert config.published["rope_theta"] == 5e5
+    assert not {"rope_parameters", "dtype"} & config.published.keys()
+    assert config.llama.rope_parameters == {**rope, "type": "linear"}
+    assert config.published["rope_scaling"] == {"type": "linear", "factor": 2.0}
 
 
 def test_a_student_layer_that_is_not_there(refused: Refused) -> None:

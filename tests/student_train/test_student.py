@@ -1,17 +1,21 @@
 """The student module: what is captured, what is trained, and what must not change a number."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from shared.cache import Cache
-from student_train.student import TERMS
+from student_train.loop import make_optimizer
+from student_train.student import TERMS, Adapters, TeacherShape
 from student_train.training_set import TrainingSet
 from tests.student_train.support import (
+    STUDENT,
     aligned,
     batches_of,
     distance,
+    exported,
     gradients_of,
     recipe,
     relative,
@@ -214,3 +218,48 @@ def test_without_a_cache_there_are_no_adapters_and_only_the_supervised_term(
     student = aligned(recipe(), None)
     assert student.adapters is None
     assert student.weights() == (1.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_the_shallowest_layer_says_where_to_focus(mixed: TrainingSet, full_cache: Cache) -> None:
+    (batch,) = batches_of(mixed, IMAGES, 4)
+    assert batch.targets is not None
+    deeper = {"": torch.zeros_like(batch.targets.attention[1][""])}
+    attention = {**batch.targets.attention, 1: deeper}
+    other = replace(batch, targets=replace(batch.targets, attention=attention))
+    student = aligned(recipe(), full_cache)
+
+    assert student(batch)["vision_focus"].item() == student(other)["vision_focus"].item()
+
+
+def test_each_part_has_its_rate_and_the_language_models_comes_first(full_cache: Cache) -> None:
+    changed = recipe(optim={"lr": 1e-3, "projector_lr": 2e-3, "adapter_lr": 3e-3})
+    student = aligned(changed, full_cache)
+    names = {parameter: name for name, parameter in student.named_parameters()}
+
+    groups = make_optimizer(student, changed).param_groups
+
+    assert [
+        (group["lr"], {".".join(names[p].split(".")[:2]) for p in group["params"]})
+        for group in groups
+    ] == [
+        (1e-3, {"model.llm"}),
+        (3e-3, {"adapters.attention", "adapters.vision"}),
+        (2e-3, {"model.projector"}),
+    ]
+
+
+def test_gradients_are_clipped_before_the_step(tars: list[Path], tmp_path: Path) -> None:
+    # So far that AdamW's epsilon, beside which it divides, is all that is left.
+    optim = {"lr": 1e-3, "clip_norm": 1e-12, "weight_decay": 0.0}
+    train(tmp_path / "run", tars, None, max_steps=1, optim=optim)
+
+    before = torch.load(STUDENT / "pytorch_model.bin", weights_only=True)["lm_head.weight"]
+    assert (exported(tmp_path / "run")["lm_head.weight"] - before).abs().max() < 1e-6
+
+
+def test_a_map_of_heads_begins_near_the_mean_over_the_teachers() -> None:
+    adapters = Adapters(TeacherShape(heads=16, width=4), (0,), heads=2, width=4)
+
+    weight = adapters.attention["0"].weight
+
+    assert (weight * 16 - 1).abs().max() < 0.6  # 6 standard deviations

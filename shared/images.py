@@ -22,6 +22,9 @@ from shared.errors import CheckpointError, UnusableSample
 from shared.readable import reading
 from shared.spec import Aspect
 
+# What it warns of is refused. Here, not around each image: threads share the filters.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 _EFFECTIVE = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
@@ -40,13 +43,12 @@ def decode_image(encoded: bytes) -> Image.Image:
     if not encoded:
         raise UnusableSample("image of zero bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Only alpha would be lost, and alpha is not wanted.
-            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
-            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-            _refuse(image)
-            return image.convert("RGB")
+        opened = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        _refuse(opened)
+        image: Image.Image = opened
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # the same colours; at once, Pillow warns of lost alpha
+        return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise UnusableSample("image is broken or not JPEG, PNG or WebP") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -63,6 +65,8 @@ def _refuse(image: Image.Image) -> None:
     # A phone's JPEG may hold a preview as second frame (MPO); its first frame is the picture.
     if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
         raise UnusableSample(f"animated image of {image.n_frames} frames")  # type: ignore[attr-defined]
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
     if image.mode.startswith(("I", "F")):
         raise UnusableSample(f"image of mode {image.mode}: 8-bit RGB would clip its values")
     longest, shortest = max(image.size), min(image.size)

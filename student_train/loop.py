@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -39,7 +39,7 @@ from student_train.loading import micro_batches
 from student_train.runs import RunFolder, whole_or_gone
 from student_train.student import TERMS, AlignedStudent
 from student_train.training_set import TrainingSet
-from student_train.watch import Watch
+from student_train.watch import Unlogged, Watch
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class RunState:
 
     step: int = 0
     "Steps that are done."
-    unlogged: Mapping[str, float] = field(default_factory=dict)
-    "Sums over the steps that no log line covers yet."
+    unlogged: Unlogged = field(default_factory=dict)
+    "Of the steps that no log line covers yet."
     evaluation_due: bool = False
     "Whether an evaluation of this step is still to be made."
 
@@ -355,9 +355,13 @@ def _gradients(
     micro: Sequence[TrainingBatch],
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Add up gradients of one global batch; the value of each term over all of it, and `loss`."""
-    counts = sum((student.counts(batch) for batch in micro), torch.zeros(len(TERMS)))
-    counts = accelerator.reduce(counts.to(accelerator.device), "sum").clamp(min=1)
+    """Add up gradients of one global batch; the value of each term over all of it, and `loss`.
+
+    A term that no sample of it has is left out.
+    """
+    found = sum((student.counts(batch) for batch in micro), torch.zeros(len(TERMS)))
+    found = accelerator.reduce(found.to(accelerator.device), "sum")
+    counts = found.clamp(min=1)
     scale = torch.tensor(student.weights(), device=counts.device) / counts
     totals = torch.zeros(len(TERMS), device=accelerator.device)
     for number, batch in enumerate(micro):
@@ -370,9 +374,9 @@ def _gradients(
         for name, value in terms.items():
             totals[TERMS.index(name)] += value.detach()
     totals = accelerator.reduce(totals, "sum")
-    means = dict(zip(TERMS, (totals / counts).tolist(), strict=True))
-    used = {name: means[name] for name, w in zip(TERMS, student.weights(), strict=True) if w}
-    return {"loss": float((totals * scale).sum()), **used}
+    used = zip(TERMS, student.weights(), found.tolist(), (totals / counts).tolist(), strict=True)
+    means = {name: mean for name, weight, count, mean in used if weight and count}
+    return {"loss": float((totals * scale).sum()), **means}
 
 
 def _evaluate(

@@ -17,6 +17,9 @@ from student_train.runs import RunFolder, writing
 
 log = logging.getLogger(__name__)
 
+Unlogged = Mapping[str, Sequence[int | float]]
+"Name of a value -> its sum over the steps that have it, and how many these are."
+
 
 class Watch:
     """Counts steps between log lines; a line holds the means over them."""
@@ -29,7 +32,7 @@ class Watch:
         every: int,
         first: int,
         last: int,
-        unlogged: Mapping[str, float],
+        unlogged: Unlogged,
     ) -> None:
         """Open the logs.
 
@@ -71,8 +74,8 @@ class Watch:
                 raise
 
     @property
-    def unlogged(self) -> dict[str, float]:
-        """Sums over the steps since the last line: saved, so that a resumed run logs the same."""
+    def unlogged(self) -> Unlogged:
+        """Of the steps since the last line: saved, so that a resumed run logs the same."""
         return dict(self._sums)
 
     def check(
@@ -101,11 +104,12 @@ class Watch:
         self, step: int, terms: Mapping[str, float], norm: float, rate: float, samples: int
     ) -> None:
         """Count one step; write when a line is due. One that float16's scaler left out, for an
-        infinite gradient, is not in a line's means.
+        infinite gradient, is not in a line's means, nor is a term in those of steps without it.
         """
         if math.isfinite(norm):
-            for name, value in {"steps": 1, **terms, "grad_norm": norm}.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
+            for name, value in {**terms, "grad_norm": norm}.items():
+                total, steps = self._sums.get(name, (0.0, 0))
+                self._sums[name] = (total + value, steps + 1)
         self._timed += 1
         if self._main:
             self._bar.update()
@@ -113,8 +117,7 @@ class Watch:
             self._bar.set_postfix(shown, refresh=False)
         if step % self._every == 0 or step == self._last:
             now = time.monotonic()
-            steps = self._sums.pop("steps", 0)
-            line = {name: total / steps for name, total in self._sums.items()}
+            line = {name: total / steps for name, (total, steps) in self._sums.items()}
             line |= {"lr": rate, "samples_per_second": samples * self._timed / (now - self._mark)}
             self._write(step, line)
             self._sums, self._timed, self._mark = {}, 0, now

@@ -34,6 +34,22 @@ def test_an_evaluation_between_two_log_lines_does_not_count_as_training(
     assert seen.seconds == 4.0
 
 
+def test_a_term_counts_in_the_steps_that_have_it(tmp_path: Path) -> None:
+    """Text-only batches have no attention: their zero is not a loss."""
+    first = watch.Watch(RunFolder(tmp_path), main=True, every=4, first=0, last=4, unlogged={})
+    with first:
+        first.step(1, {"loss": 1.0, "attention": 2.0}, 1.0, 1e-3, 40)
+        first.step(2, {"loss": 3.0}, 1.0, 1e-3, 40)
+    saved = json.loads(json.dumps(first.unlogged))
+    resumed = watch.Watch(RunFolder(tmp_path), main=True, every=4, first=2, last=4, unlogged=saved)
+    with resumed:
+        resumed.step(3, {"loss": 5.0, "attention": 4.0}, 1.0, 1e-3, 40)
+        resumed.step(4, {"loss": 7.0}, 1.0, 1e-3, 40)
+
+    (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (line["loss"], line["attention"]) == (4.0, 3.0)
+
+
 def test_a_step_that_the_scaler_left_out_is_not_in_a_line_s_means(tmp_path: Path) -> None:
     seen = watch.Watch(RunFolder(tmp_path), main=True, every=2, first=0, last=4, unlogged={})
 

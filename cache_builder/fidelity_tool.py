@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.console import AS_JSON, DEVICE, FOLDER, VISION_TOWER, Command, printable_lines
+from shared.console import (
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    VISION_TOWER,
+    Command,
+    only_with,
+    printable_lines,
+)
 from shared.progress import IMPORTING, announced
 
 if TYPE_CHECKING:
@@ -60,6 +68,7 @@ def fidelity(
     Runs the teacher on some of the samples again and compares each array with the exact values. For
     each student, loss terms and gradients of the recipe's batches are compared too, in float32.
     """
+    only_with("--student", bool(students), student_vision_tower=student_vision_tower, set=settings)
     with announced(IMPORTING):
         from cache_builder.fidelity import measure_cache, measure_students
     from shared.samples import expand_tars

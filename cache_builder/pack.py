@@ -19,7 +19,7 @@ from tqdm import tqdm
 from shared.errors import ConfigError, InputError
 from shared.progress import progress
 from shared.readable import is_file, reading
-from shared.record import shard_name
+from shared.record import NAME
 from shared.samples import IMAGE_SUFFIXES
 
 
@@ -50,9 +50,11 @@ def pack(
             leave the folder, `out` holds tars already or cannot be written.
         ConfigError: no shard can have such a prefix.
     """
-    if Path(prefix).name != prefix:
-        raise ConfigError(f"--prefix {prefix}: expected letters, digits, '.', '_', '-'")
-    shard_name(Path(f"{prefix}-000000.tar"))  # what build-cache would refuse
+    if not NAME.fullmatch(f"{prefix}-000000"):  # which build-cache would refuse
+        raise ConfigError(
+            f"--prefix {prefix!r}: expected letters, digits, '.', '_', '-', but no "
+            "'.' or '-' in front"
+        )
     entries = _read_annotations(annotations)
     ids = [_key(entry) for entry in entries]
     keys = _distinct(ids)
@@ -60,7 +62,7 @@ def pack(
         _Packed(key=key, annotation=entry, image=image)
         for key, entry, image in zip(keys, entries, _find_images(entries, images), strict=True)
     ]
-    if sorted(out.glob(f"{prefix}-*.tar")):
+    if any(out.glob(f"{prefix}-{'[0-9]' * 6}.tar")):
         raise InputError(f"{out}: holds {prefix}-*.tar already; pack into an empty folder")
     shards = list(_cut(_group_by_image(samples), samples_per_tar))
     try:
@@ -105,8 +107,8 @@ def _read_annotations(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: holds no samples")
     for number, entry in enumerate(entries):
         key = _key(entry)
-        if not key:
-            raise InputError(f"{path}: entry {number} has no id")
+        if not key or isinstance(entry["id"], bool) or not isinstance(entry["id"], str | int):
+            raise InputError(f"{path}: entry {number} has no id, a text or a whole number")
         if not key.isascii() and key != key.encode(errors="ignore").decode():
             raise InputError(f"{path}: id {entry['id']!r} holds half of a character")
     return entries

@@ -8,7 +8,9 @@ from typing import Any
 
 from msgspec.structs import asdict
 
+from shared.errors import InputError
 from shared.progress import progress
+from shared.readable import reading
 from shared.record import ShardRecord, TarFacts, compare
 from shared.samples import TarIndex, refuse_repeated_keys, tar_sha256
 
@@ -92,8 +94,10 @@ def tar_facts(index: TarIndex, advance: Callable[[int], object] = lambda _: None
 
 
 def _header_facts(index: TarIndex) -> dict[str, Any]:
+    with reading(index.path, InputError):
+        size = index.path.stat().st_size
     return {
         "name": index.path.name,
-        "size": index.path.stat().st_size,
+        "size": size,
         "index_sha256": index.sha256,
     }

@@ -5,6 +5,7 @@ Imports are inside the commands, so that `--help` needs neither torch nor zarr.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from shared.console import (
     VISION_TOWER,
     Command,
     bytes_text,
+    only_with,
     printable_lines,
 )
 from shared.errors import CacheError, DamagedError
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from cache_builder.verify import Report
 
 _WORKERS = click.option(
-    "--workers", default=min(8, os.cpu_count() or 1), show_default="CPUs, at most 8",
+    "--workers", default=min(8, len(os.sched_getaffinity(0))), show_default="CPUs, at most 8",
     type=click.IntRange(min=1), help="Shards checked at the same time.",
 )  # fmt: skip
 _DECODE = click.option(
@@ -64,6 +66,7 @@ def verify(
 
     Names all that is missing, changed, or there in excess, and ends with 1 if there is any.
     """
+    only_with("--teacher", teacher is not None, vision_tower=vision_tower, device=device)
     from cache_builder.verify import verify_cache, verify_targets
 
     report = verify_cache(cache, workers=workers, decode=decode)
@@ -110,6 +113,7 @@ def repair(
 
     if bool(teacher) != bool(data):
         raise click.UsageError("--teacher and --data go together")
+    only_with("--teacher", teacher is not None, vision_tower=vision_tower, device=device)
     if teacher:  # what would be in the way later is found before every byte is read
         with announced(IMPORTING):
             from cache_builder.setup import load_builder
@@ -204,6 +208,8 @@ def gc(cache: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
     Data folders that no record names and half-written files; readers never look at them. Links and
     anything that a build does not make are left alone.
     """
+    if math.isnan(older_than):  # which click takes for a number beyond 0
+        raise click.UsageError("--older-than nan: expected hours")
     from cache_builder.gc import sweep
 
     old, young = sweep(cache, older_than=3600 * older_than, dry_run=dry_run)

@@ -281,7 +281,7 @@ def _check_samples(cache: Cache, record: ShardRecord, advance: Advance) -> list[
         kind: Literal["shard", "unreadable"] = "shard"
         try:
             what = wrong_value(cache.read(key))
-        except (DamagedError, OSError) as error:
+        except CacheError as error:
             kind, what = _kind(error), str(error)
         if what is not None:
             what = f"sample {shown(key)}: {what}"
@@ -294,17 +294,14 @@ def _check_samples(cache: Cache, record: ShardRecord, advance: Advance) -> list[
             for name, (stored, computed) in compare_image(found, cache).items():
                 key = shown(found.key)
                 whats.append(f"sample {key}: {name}: {stored} stored, the probe's is {computed}")
-    except (DamagedError, OSError) as error:
+    except CacheError as error:
         kind, whats = _kind(error), [str(error)]
     problems += [Problem(kind=kind, place=record.name, file="", what=what) for what in whats]
     return problems
 
 
-def _kind(error: Exception) -> Literal["shard", "unreadable"]:
-    """Whether an error of the reading code says damage, or passes on what the system said."""
-    reason = error if isinstance(error, OSError) else error.__cause__
-    absent = isinstance(reason, FileNotFoundError)
-    return "unreadable" if isinstance(reason, OSError) and not absent else "shard"
+def _kind(error: CacheError) -> Literal["shard", "unreadable"]:
+    return "shard" if isinstance(error, DamagedError) else "unreadable"
 
 
 def _count_leftovers(root: Path) -> int | None:

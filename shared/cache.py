@@ -172,6 +172,7 @@ class Cache:
         Raises:
             KeyError: no such sample.
             DamagedError: a file is missing or its bytes are not what was written.
+            CacheError: the system does not let it be read.
         """
         return _decoded(key, self.read_batch([key]), self.spec)
 
@@ -190,6 +191,7 @@ class Cache:
             KeyError: no such sample.
             ValueError: no such signal.
             DamagedError: a file is missing or its bytes are not what was written.
+            CacheError: the system does not let it be read.
         """
         if not set(signals) <= set(SIGNALS):
             raise ValueError(f"signals {sorted(signals)}, expected some of {SIGNALS}")

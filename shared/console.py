@@ -40,6 +40,17 @@ DEVICE = click.option("--device", help="cpu, cuda, cuda:1, ....  [default: cuda 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
+def only_with(option: str, is_given: bool, **others: object) -> None:
+    """Refuse options that count only beside another one, if that one is not given.
+
+    Raises:
+        click.UsageError: names both.
+    """
+    for name, value in others.items():
+        if value and not is_given:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs {option}")
+
+
 class OneLineErrors:
     """Mixin for click commands: our own errors and Ctrl-C in one line; any other error keeps its
     traceback.

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.array_layout import ArrayLayout
-from shared.errors import DamagedError
+from shared.errors import CacheError, DamagedError
 from shared.expected import Expected
 from shared.inside import Entry, walk_inside
 from shared.record import ShardRecord
@@ -40,7 +40,10 @@ class ShardReader:
 
     def __post_init__(self) -> None:
         self._folder = self.root / self.record.data
-        there = dict(walk_inside(self.root, self.record.data))
+        try:
+            there = dict(walk_inside(self.root, self.record.data))
+        except OSError as error:
+            raise self._failed("a folder", error) from error
         for file, stored in self.record.files.items():
             entry = there.get(file)
             if entry is None or entry.kind != "file" or entry.size != stored.size:
@@ -70,12 +73,13 @@ class ShardReader:
 
         Raises:
             DamagedError: the array is missing or its bytes are not what was written.
+            CacheError: the system does not let it be read.
         """
         array = self._array(name)
         try:
             return array.read_into(reads, wait=wait)
         except (ValueError, OSError) as error:
-            raise self.damaged(f"{name}/{array.layout.file}: {_reason(error)}") from error
+            raise self._failed(f"{name}/{array.layout.file}", error) from error
 
     def check_rows(self, name: str, start: int, stop: int) -> None:
         """Whether one sample can have these rows; asked before memory is taken for them.
@@ -129,10 +133,21 @@ class ShardReader:
                 )
             array = StoredArray.open(self._folder / name, text, sum(sizes))
         except (ValueError, RecursionError, OSError) as error:
-            raise self.damaged(f"{name}: {_reason(error)}") from error
+            raise self._failed(name, error) from error
         if name in self.expected and (differs := self.expected[name].difference(array.layout)):
             raise self.damaged(f"{name} {differs}")
         return array
+
+    def _failed(self, what: str, error: Exception) -> CacheError:
+        """Why something was not read: damage, or the system, and then it may be whole."""
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        why = " ".join(why.split())
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            return CacheError(
+                f"{self.root}: shard {self.record.name}: {what}: cannot be read ({why}); mend "
+                "permissions or the disk and run the same command again"
+            )
+        return self.damaged(f"{what}: {why}")
 
     def damaged(self, what: str, *, digests_fit: bool = False) -> DamagedError:
         """The error that says so of this shard, and what to do.
@@ -151,9 +166,3 @@ def _found(entry: Entry | None) -> str:
     if entry is None:
         return "missing"
     return f"{entry.size} bytes" if entry.kind == "file" else f"a {entry.kind}"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())

@@ -334,6 +334,9 @@ def _entry(key: str, members: Sequence[tuple[str, Member | None]]) -> SampleEntr
     suffixes = [suffix for suffix, _ in members]
     images = [member for suffix, member in members if suffix in IMAGE_SUFFIXES]
     annotations = [member for suffix, member in members if suffix == "json"]
+    kinds = [suffix for suffix in suffixes if suffix != "duplicate"]
+    if len(kinds) < len(suffixes) and len(set(kinds)) == len(kinds):
+        raise UnusableSample("its files do not lie side by side in the tar (tar --sort=name)")
     if "duplicate" in suffixes or len(annotations) > 1:
         raise UnusableSample("duplicate key: two samples of this name in the tar")
     if not annotations:

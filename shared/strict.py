@@ -53,12 +53,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         with reading(path, ConfigError):
-            values = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)
+            values = yaml_value(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
     return values
+
+
+def yaml_value(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or a key stands twice.
+    """
+    return yaml.load(text, _DistinctKeys)
 
 
 class _DistinctKeys(yaml.SafeLoader):

@@ -15,7 +15,7 @@ import yaml
 
 from shared.errors import ConfigError
 from shared.spec import Aspect, Template
-from shared.strict import find_yaml, parse, read_yaml
+from shared.strict import find_yaml, parse, read_yaml, yaml_value
 
 _AT_LEAST_ONE = (
     "epochs", "max_steps", "global_batch", "micro_batch", "log_every", "save_every",
@@ -134,6 +134,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, found {self.seed}")
         for name in ("seed", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
@@ -181,6 +183,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
             raise ConfigError(f"--set {setting}: {parent} is not a group of keys")
         values = child
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = yaml_value(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {setting}: value is not YAML") from error
+        why = " ".join(str(error).split())
+        raise ConfigError(f"--set {setting}: value is not YAML: {why}") from error

@@ -239,6 +239,16 @@ def test_duplicate_keys_in_a_tar_are_skipped_and_named(tmp_path: Path) -> None:
     assert open_cache(tmp_path / "cache").keys() == ["good"]
 
 
+def test_a_sample_whose_files_lie_apart_is_not_called_two_samples(tmp_path: Path) -> None:
+    (json_a, png_a), (json_b, png_b) = sample("a"), sample("b")
+    tar = write_tar(tmp_path / "t.tar", [png_a], [png_b], [json_a], [json_b])
+
+    build(tmp_path / "cache", tar)
+
+    reasons = set(skipped(tmp_path / "cache", "t").values())
+    assert reasons == {"its files do not lie side by side in the tar (tar --sort=name)"}
+
+
 def test_the_token_limit_counts_vision_tokens(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "t.tar", sample("image"), text_sample("text"))
     build(tmp_path / "all", tar)

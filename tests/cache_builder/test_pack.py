@@ -169,6 +169,8 @@ def test_members_carry_no_name_or_time_of_the_machine(tmp_path: Path, images: Pa
         (["a"], "expected a list of objects"),
         ([], "holds no samples"),
         ([{"conversations": []}], "entry 0 has no id"),
+        ([{"id": None, "conversations": []}], "entry 0 has no id"),
+        ([{"id": [1], "conversations": []}], "entry 0 has no id"),
         ([entry("a", "nowhere.png")], "1 of 1 samples name an image that is not there"),
         ([entry("a", "no\0where.png")], "1 of 1 samples name an image that is not there"),
         ([entry("a", "../annotations.json")], "leaves the image folder"),
@@ -281,7 +283,7 @@ def test_an_out_that_cannot_be_written(tmp_path: Path, images: Path) -> None:
     assert "cannot be written" in line
 
 
-@pytest.mark.parametrize("prefix", ["my boats", "../up", "a/b"])
+@pytest.mark.parametrize("prefix", ["my boats", "../up", "a/b", "", ".x"])
 def test_a_prefix_that_no_shard_can_have_is_refused_before_packing(
     tmp_path: Path, images: Path, prefix: str
 ) -> None:

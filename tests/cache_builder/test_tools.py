@@ -842,3 +842,20 @@ def test_shards_of_every_plan_are_missed(root: Path) -> None:
         (root / file).write_bytes(content)
 
     assert missing_shards(root) == ["ref-000007", "ref-000008"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("verify", ("--device", "cpu"), "--device needs --teacher"),
+        ("repair", ("--vision-tower", "x"), "--vision-tower needs --teacher"),
+        ("fidelity", ("--teacher", "x", "--data", "x", "--set", "seed=1"), "--set needs --student"),
+        ("gc", ("--older-than", "nan"), "--older-than nan: expected hours"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    root: Path, name: str, options: tuple[str, ...], says: str
+) -> None:
+    code, _, stderr = run(name, root, *options)
+
+    assert (code, says in stderr) == (2, True), stderr

@@ -12,7 +12,7 @@ import pytest
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheError, DamagedError, MismatchError
-from tests.support import edit_record, record
+from tests.support import denied, edit_record, record
 
 
 @pytest.fixture
@@ -167,6 +167,19 @@ def test_a_file_that_vanishes_while_the_cache_is_open_is_an_error(copied: Path) 
 
     with pytest.raises(DamagedError, match="shard ref-000000"):
         cache.read("s1")
+
+
+@pytest.mark.parametrize("part", ["", "labels", "labels/c/0"])
+def test_what_may_not_be_read_is_not_called_damaged(copied: Path, part: str) -> None:
+    cache = open_cache(copied)
+
+    with (
+        denied(copied / record(copied, "ref-000000").data / part),
+        pytest.raises(CacheError, match=r"cannot be read \(Permission denied\)") as found,
+    ):
+        cache.read("s0")
+
+    assert not isinstance(found.value, DamagedError)
 
 
 def test_files_beside_the_records_do_not_matter(copied: Path) -> None:

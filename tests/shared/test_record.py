@@ -385,8 +385,3 @@ def test_a_mismatch_names_three_places_and_counts_the_others() -> None:
         "x does not fit: a.b: 1 there, 5 here; a.c: 2 there, 6 here; d: 3 there, 7 here "
         "(and 1 more). Do this."
     )
-
-
-def test_a_record_cannot_be_changed(cache_path: Path) -> None:
-    with pytest.raises(AttributeError, match="immutable"):
-        record(cache_path, "ref-000000").name = "x"  # type: ignore[misc]

@@ -16,7 +16,6 @@ from tests.student_train.support import (
     aligned,
     gradients_of,
     log_lines,
-    mixed_samples,
     recipe,
     train,
     training_set,
@@ -207,11 +206,6 @@ def test_template_plain_has_a_loss_but_asks_nothing(model: MobileVLM, tmp_path: 
 
     assert scores.positions > 0
     assert scores.exact_match is None
-
-
-def test_a_limit_takes_the_first_samples(tars: list[Path]) -> None:
-    assert len(held_out(*tars)) == len(mixed_samples(24))
-    assert len(held_out(*tars, limit=5)) == 5
 
 
 def test_scores_of_nothing_have_no_rate() -> None:

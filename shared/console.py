@@ -1,5 +1,6 @@
 """What all commands share: one-line errors, logging to stderr, numbers for people."""
 
+import errno
 import logging
 import os
 import shlex
@@ -52,8 +53,8 @@ def only_with(option: str, is_given: bool, **others: object) -> None:
 
 
 class OneLineErrors:
-    """Mixin for click commands: our own errors and Ctrl-C in one line; any other error keeps its
-    traceback.
+    """Mixin for click commands: our own errors, Ctrl-C and a full disk in one line; any other error
+    keeps its traceback.
     """
 
     interrupted = "what was committed stays, nothing half counts"
@@ -67,6 +68,11 @@ class OneLineErrors:
             ctx.exit(130)  # as shells count a process that SIGINT ended
         except ProjectError as error:
             raise click.ClickException(printable(str(error))) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            where = error.filename or "the output"
+            raise click.ClickException(f"{where} cannot be written ({error.strerror})") from error
 
 
 class Command(OneLineErrors, click.Command):

@@ -47,7 +47,8 @@ def cross_entropy_and_topk_kl(
     a lower bound of the full KL, exact when k is the vocabulary.
 
     Args:
-        rest_logprobs: log of the teacher's mass outside the top k; None if k is the vocabulary.
+        rest_logprobs: log of the teacher's mass outside the top k; None if k is its vocabulary:
+            then the student's is compared among the same ids.
         direction: `reverse` is KL(student || teacher), the paper's; `forward` is
             KL(teacher || student).
     """
@@ -57,8 +58,8 @@ def cross_entropy_and_topk_kl(
     label, buckets = logit_RJ[:, 0], logit_RJ[:, 1:]
     total = buckets.logsumexp(dim=-1)
     student, teacher = buckets - total[:, None], top_logprobs.float()
-    if rest_logprobs is None:
-        student = student[:, :-1]  # of nothing: minus infinity
+    if rest_logprobs is None:  # of nothing, or of ids that only the student's vocabulary has
+        student = buckets[:, :-1].log_softmax(dim=-1)
     else:
         teacher = torch.cat([teacher, rest_logprobs.float()[:, None]], dim=-1)
     if direction == "forward":

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder, weights_digest
-from shared.errors import ConfigError
+from shared.errors import ConfigError, MismatchError
 from shared.images import ImageProcessor
 from shared.mobilevlm import NUM_VISION, MobileVLM, load_model
 from shared.progress import announced
@@ -203,7 +203,14 @@ def check_fit(
         f"The student ({inputs.student}) must see exactly what the teacher saw: change the recipe, "
         f"build a cache for this student, or {or_else}"
     )
-    return compare(f"cache {cache.root}", there, here, advice, inputs.accept)
+    found = compare(f"cache {cache.root}", there, here, advice, inputs.accept)
+    if there.get("vocab_size", 0) > here.get("vocab_size", 0):
+        raise MismatchError(
+            f"cache {cache.root}: the teacher's vocabulary has {there['vocab_size']} tokens, the "
+            f"student's {here['vocab_size']}: some of the likeliest may have no logit there. Train "
+            "with --set loss.kl=0"
+        )
+    return found
 
 
 def check_tars(

@@ -496,3 +496,16 @@ def test_a_brace_range_a_glob_and_single_paths_build_the_same(tmp_path: Path) ->
 
     assert stored_digests(tmp_path / "brace") == stored_digests(tmp_path / "each")
     assert stored_digests(tmp_path / "glob") == stored_digests(tmp_path / "each")
+
+
+def test_an_output_that_cannot_be_written_is_one_line(cache_path: Path) -> None:
+    code = "from cache_builder.cli import cache_tools; cache_tools()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "info", str(cache_path)], stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+
+    assert done.returncode
+    assert "Error: the output cannot be written (No space left on device)" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -87,6 +87,21 @@ def test_topk_kl_compares_what_is_outside_the_top_as_one_bucket() -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
+def test_ids_that_only_the_student_has_are_not_compared_with_a_whole_vocabulary(
+    direction: str,
+) -> None:
+    """Padding of its vocabulary: a KL may not be negative for it."""
+    student, teacher = logits(0), logits(1)
+    padded = torch.cat([student, student.new_full((len(student), 2), 3.0)], dim=-1)
+
+    found = topk_kl(padded, *cached(teacher, 23), direction)
+
+    torch.testing.assert_close(
+        found.double(), full_kl(student, teacher, direction), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_topk_kl_is_the_full_kl_when_k_is_the_vocabulary(direction: str) -> None:
     student, teacher = logits(0), logits(1)
 

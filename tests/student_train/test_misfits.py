@@ -69,6 +69,17 @@ def test_another_vocabulary_size_under_the_kl(refused: Refused, tmp_path: Path) 
     assert "vocab_size: 512 there, 528 here" in line
 
 
+def test_a_teachers_larger_vocabulary_cannot_be_accepted_under_the_kl(
+    tars: list[Path], tmp_path: Path
+) -> None:
+    teacher = Path(student_of(tmp_path / "teacher", 528))
+    build(tmp_path / "cache", tars, SPEC, teacher=teacher)
+
+    result = train(tmp_path / "run", tars, tmp_path / "cache", "--accept-mismatch", "vocab_size")
+
+    assert "has 528 tokens, the student's 512" in error_line(result)
+
+
 def test_another_vocabulary_size_is_fine_without_the_kl(
     tars: list[Path], full_path: Path, tmp_path: Path
 ) -> None:

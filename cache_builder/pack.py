@@ -16,7 +16,8 @@ from typing import Any
 import webdataset
 from tqdm import tqdm
 
-from shared.errors import ConfigError, InputError
+from shared.bounds import MAX_TEXT
+from shared.errors import ConfigError, InputError, printable
 from shared.progress import progress
 from shared.readable import is_file, reading
 from shared.record import NAME
@@ -109,8 +110,11 @@ def _read_annotations(path: Path) -> list[dict[str, Any]]:
         key = _key(entry)
         if not key or isinstance(entry["id"], bool) or not isinstance(entry["id"], str | int):
             raise InputError(f"{path}: entry {number} has no id, a text or a whole number")
-        if not key.isascii() and key != key.encode(errors="ignore").decode():
-            raise InputError(f"{path}: id {entry['id']!r} holds half of a character")
+        if len(key) > MAX_TEXT or not key.isprintable():  # half of a character is not, either
+            raise InputError(
+                f"{path}: id {printable(key, most=80)!r} of entry {number} cannot be printed or is "
+                f"over {MAX_TEXT} characters"
+            )
     return entries
 
 

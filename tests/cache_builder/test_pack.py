@@ -177,7 +177,9 @@ def test_members_carry_no_name_or_time_of_the_machine(tmp_path: Path, images: Pa
         ([entry("a", "/etc/passwd")], "leaves the image folder"),
         ([entry("a", "a.gif")], "none of jpg, jpeg, png, webp"),
         ([entry("a", ["a.png", "b.png"])], "must be one file name"),
-        ([entry("a\ud800")], "id"),
+        ([entry("a\ud800")], "cannot be printed"),
+        ([entry("a\n")], "cannot be printed"),
+        ([entry("a" * 513)], "is over 512 characters"),
     ],
 )
 def test_bad_annotations_are_named_and_nothing_is_written(

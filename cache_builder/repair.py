@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache_builder.gc import remove
 from cache_builder.tars import refuse_other_tars
@@ -11,9 +12,70 @@ from cache_builder.verify import Report
 from shared.errors import CacheError, InputError
 from shared.inside import list_inside
 from shared.plan import plan_files, read_plan
-from shared.record import DATA, RECORDS, ShardRecord, compare, record_names, spec_of
-from shared.samples import index_tars
+from shared.progress import IMPORTING, announced
+from shared.record import DATA, RECORDS, ShardRecord, compare, record_names, shard_name, spec_of
+from shared.samples import expand_tars, index_tars
 from shared.spec import CacheSpec
+
+if TYPE_CHECKING:
+    from cache_builder.build import Builder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuild:
+    """What shards are to be built from again, and how. Made by `of`."""
+
+    root: Path
+    "The cache."
+    spec: CacheSpec
+    "As the cache was built."
+    dtype: str
+    "The teacher's number format, as the cache was built."
+    tars: Mapping[str, Path]
+    "Shard name -> tar, of all that are named."
+
+    @classmethod
+    def of(cls, root: Path, data: Sequence[str]) -> "Rebuild":
+        """From the names of tars, as `build-cache` takes them.
+
+        Raises:
+            CacheError: no record says how to build.
+            InputError: a tar cannot be found, or no shard may be called like it.
+        """
+        spec, dtype = spec_to_rebuild(root)
+        tars = {shard_name(tar): tar for tar in expand_tars(data)}
+        return cls(root=root, spec=spec, dtype=dtype, tars=tars)
+
+    def choose(self, report: Report) -> list[Path]:
+        """Tars of the damaged shards, and of planned ones that are missing.
+
+        Raises:
+            MismatchError: a tar is not the one that its shard was built from.
+            InputError: one of a damaged shard is not named, or cannot be read.
+        """
+        chosen = choose_tars(tars_to_rebuild(self.root, report), list(self.tars.values()))
+        chosen += [self.tars[name] for name in missing_shards(self.root) if name in self.tars]
+        if chosen:
+            check_tars(self.root, report, chosen)
+        return chosen
+
+    def load(
+        self, report: Report, teacher: str, *, vision_tower: str | None, device: str | None
+    ) -> "Builder":
+        """What builds them.
+
+        Raises:
+            MismatchError: it is not what the cache was built with.
+        """
+        with announced(IMPORTING):
+            from cache_builder.setup import load_builder
+
+        builder = load_builder(
+            self.spec, teacher, vision_tower=vision_tower, device=device, dtype=self.dtype,
+            batch_size=None,
+        )  # fmt: skip
+        check_origin(self.root, report, builder.identity)
+        return builder
 
 
 def tars_to_rebuild(root: Path, report: Report) -> list[str]:

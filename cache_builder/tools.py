@@ -24,7 +24,6 @@ from shared.console import (
     printable_lines,
 )
 from shared.errors import CacheError, DamagedError
-from shared.progress import IMPORTING, announced
 
 if TYPE_CHECKING:
     from cache_builder.build import Builder
@@ -100,41 +99,23 @@ def repair(
     anything is taken out. Shards that are whole but do not belong together are named and left,
     and so is what cannot be read.
     """
-    from cache_builder.repair import (
-        check_origin,
-        check_tars,
-        choose_tars,
-        missing_shards,
-        spec_to_rebuild,
-        take_out,
-        tars_to_rebuild,
-    )
+    from cache_builder.repair import Rebuild, missing_shards, take_out, tars_to_rebuild
     from cache_builder.verify import verify_cache
 
     if bool(teacher) != bool(data):
         raise click.UsageError("--teacher and --data go together")
     only_with("--teacher", teacher is not None, vision_tower=vision_tower, device=device)
-    if teacher:  # what would be in the way later is found before every byte is read
-        with announced(IMPORTING):
-            from cache_builder.setup import load_builder
-        from shared.record import shard_name
-        from shared.samples import expand_tars
-
-        spec, dtype = spec_to_rebuild(cache)
-        tars = {shard_name(tar): tar for tar in expand_tars(data)}
+    # What would be in the way later is found before every byte is read.
+    rebuild = Rebuild.of(cache, data) if teacher else None
     report = verify_cache(cache, workers=workers, decode=decode)
     wanted, missing = tars_to_rebuild(cache, report), missing_shards(cache)
-    chosen: list[Path] = []
-    if teacher:
-        chosen = choose_tars(wanted, list(tars.values()))
-        chosen += [tars[name] for name in missing if name in tars]
-        missing = [name for name in missing if name not in tars]
-    if teacher and chosen:  # and what is refused is refused before anything is taken out
-        check_tars(cache, report, chosen)
-        builder = load_builder(
-            spec, teacher, vision_tower=vision_tower, device=device, dtype=dtype, batch_size=None
-        )
-        check_origin(cache, report, builder.identity)
+    chosen = rebuild.choose(report) if rebuild else []
+    # And what is refused is refused before anything is taken out.
+    builder = (
+        rebuild.load(report, teacher, vision_tower=vision_tower, device=device)
+        if rebuild and teacher and chosen
+        else None
+    )
     take_out(cache, report)
     lines = [f"{problem}" for problem in report.problems if problem.kind != "cache"]
     lines.append(
@@ -142,10 +123,10 @@ def repair(
         + (f"; build again: {' '.join(wanted)}" if wanted else "")
     )
     click.echo(printable_lines(lines))
-    if chosen:
+    if builder:
         click.echo(_build_chosen(builder, chosen, cache))
-    if missing:
-        click.echo(printable_lines([_missing_line(cache, missing)]))
+    if left := [name for name in missing if not (rebuild and name in rebuild.tars)]:
+        click.echo(printable_lines([_missing_line(cache, left)]))
     _refuse_what_is_left(cache, report)
 
 

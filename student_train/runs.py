@@ -121,8 +121,9 @@ class RunFolder:
             lock = (self.path / "lock").open("w")
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                # lockf: a loader's processes, which outlive a kill by seconds, do not inherit it.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
                 raise TrainingError(
                     f"{self.path}: another process trains into it; wait for its end and --resume, "
                     "or take another --out"

@@ -36,7 +36,7 @@ from student_train.runs import (
     save_adapters,
 )
 from student_train.student import AlignedStudent, TeacherShape
-from student_train.training_set import load_training_set
+from student_train.training_set import TrainingSet, load_training_set
 
 log = logging.getLogger(__name__)
 
@@ -104,29 +104,14 @@ def run_training(
     held_out = _held_out(inputs, recipe, tokenizer, processor)
     num_steps(training_set, accelerator.num_processes)  # refused before the run leaves a trace
     settings = {
-        "recipe": recipe.to_dict(),
-        "student_weights": weights_digest(student.state_dict()),
-        "cache": cache_identity(cache) if cache else None,
-        "data": training_set.identity,
-        "accepted_mismatches": {
-            name: {"cache": there, "run": here} for name, (there, here) in accepted.items()
-        },
-        "adapters": {"given_sha256": inputs.adapters and file_sha256(inputs.adapters)},
+        **_identities(recipe, student, cache, training_set, inputs, accepted),
         "code": run.code_with(code_identity()),
     }
     run.check_settings(settings)
     checkpoint = run.newest_checkpoint()
     # All processes have looked before one of them writes.
     refuse_disagreement(settings, checkpoint)
-    log.info(
-        "samples=%d skipped=%d processes=%d device=%s cache=%s", len(training_set),
-        len(training_set.skipped), accelerator.num_processes, accelerator.device,
-        cache.root if cache else "none: plain training, no teacher",
-    )  # fmt: skip
-    if recipe.eval_every and held_out is None:
-        log.warning("eval_every=%d, but no --eval-data: nothing is evaluated", recipe.eval_every)
-    for sample in training_set.skipped[:20]:
-        log.warning("skipped=%s reason=%s", sample.key, sample.reason)
+    _log_start(recipe, training_set, held_out, cache, accelerator)
     with run.claimed() if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             if not resume:
@@ -138,6 +123,45 @@ def run_training(
         accelerator.wait_for_everyone()  # the export is written: NCCL may not be left by some alone
     _leave(accelerator)
     return outcome
+
+
+def _identities(
+    recipe: Recipe,
+    student: AlignedStudent,
+    cache: Cache | None,
+    training_set: TrainingSet,
+    inputs: Inputs,
+    accepted: Mismatches,
+) -> dict[str, Any]:
+    """What decides the outcome: a run that is resumed has to begin with the same."""
+    return {
+        "recipe": recipe.to_dict(),
+        "student_weights": weights_digest(student.state_dict()),
+        "cache": cache_identity(cache) if cache else None,
+        "data": training_set.identity,
+        "accepted_mismatches": {
+            name: {"cache": there, "run": here} for name, (there, here) in accepted.items()
+        },
+        "adapters": {"given_sha256": inputs.adapters and file_sha256(inputs.adapters)},
+    }
+
+
+def _log_start(
+    recipe: Recipe,
+    training_set: TrainingSet,
+    held_out: HeldOutSet | None,
+    cache: Cache | None,
+    accelerator: Accelerator,
+) -> None:
+    log.info(
+        "samples=%d skipped=%d processes=%d device=%s cache=%s", len(training_set),
+        len(training_set.skipped), accelerator.num_processes, accelerator.device,
+        cache.root if cache else "none: plain training, no teacher",
+    )  # fmt: skip
+    if recipe.eval_every and held_out is None:
+        log.warning("eval_every=%d, but no --eval-data: nothing is evaluated", recipe.eval_every)
+    for sample in training_set.skipped[:20]:
+        log.warning("skipped=%s reason=%s", sample.key, sample.reason)
 
 
 def refuse_disagreement(settings: Mapping[str, Any], checkpoint: Path | None) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -585,8 +586,17 @@ def test_two_runs_do_not_train_into_one_folder(
     undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
-    with RunFolder(out).claimed():
+    code = (
+        "import sys; from pathlib import Path; from student_train.runs import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).claimed(): print('claimed', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
         result = train(out, tars, orphan_cache, "--eval-data", tars[1], "--resume", **RUN)
+        other.communicate(b"\n")
 
     assert f"{out}: another process trains into it" in error_line(result)
 

@@ -198,7 +198,7 @@ def vocabulary(world: World) -> World:
 
 def tokenizer_behaviour(world: World) -> World:
     """The same vocabulary, other ids for the same text."""
-    settings = {"add_prefix_space": False}
+    settings = {"add_eos_token": True}
     return dataclasses.replace(
         world,
         teacher=_settings(world, "tokenizer_config.json", TEACHER, **settings),

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -127,17 +127,15 @@ def train(
             if held_out is not None and is_due:
                 _evaluate(step, student, held_out, accelerator, watch)
         stopped = _is_asked(stop, accelerator)  # perhaps while the last checkpoint was written
-        stop.is_watched = False
         if held_out is not None and not stopped:
-            try:
-                scores = _evaluate(last_step, student, held_out, accelerator, watch)
-            except Stopped:
-                stopped = True
+            scores = _evaluate(last_step, student, held_out, accelerator, watch, stop)
+            stopped = scores is None
             if scores is not None and not math.isfinite(scores.loss):
                 raise TrainingError(
                     f"step {last_step}: the held-out loss is {scores.loss}, nothing is exported; "
                     "try a lower rate or precision bfloat16, in another --out"
                 )
+    stop.is_watched = False
     return Outcome(
         steps=state.step, last_step=last_step, stopped=stopped, seconds=watch.seconds, scores=scores
     )
@@ -329,21 +327,19 @@ def _resume(accelerator: Accelerator, checkpoint: Path | None) -> RunState:
         with announced(f"reading {checkpoint}"):
             accelerator.load_state(str(checkpoint))
         state = RunState(**json.loads((checkpoint / "progress.json").read_bytes()))
-    except torch.OutOfMemoryError:
-        raise
+        if not all(isinstance(pair, list) for pair in state.unlogged.values()):
+            state = replace(state, unlogged={})  # an earlier commit's sums, which lack their counts
     # torch.load, pickle and safetensors have reasons of their own.
     except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        EOFError,
-        UnpicklingError,
+        OSError, LookupError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError,
         SafetensorError,
-    ) as error:
+    ) as error:  # fmt: skip
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise  # the checkpoint may be whole
         raise TrainingError(
-            f"{checkpoint}: cannot be read ({' '.join(str(error).split())[:200]}); mend that, or "
-            "delete it, and --resume goes on from the one before"
+            f"{checkpoint}: cannot be read ({' '.join(str(error).split())[:200]}); mend that; or, "
+            "if its files are damaged, delete it: --resume goes on from the one before, or begins "
+            "if there is none"
         ) from error
     log.info("resumed from=%s", checkpoint.name)
     return state
@@ -385,16 +381,35 @@ def _evaluate(
     held_out: HeldOutSet,
     accelerator: Accelerator,
     watch: Watch,
-) -> Scores:
+    stop: StopRequest | None = None,
+) -> Scores | None:
+    """Scores of all processes together.
+
+    Args:
+        stop: cuts this evaluation short; asked of one process, all of them return None.
+    """
+    is_cut = False
     advice = "the checkpoints stay; shorter answers (--set max_new_tokens) take less"
     what = f"evaluation after step {step} needs"
     with watch.paused():
         with accelerator.autocast(), fitting(what, accelerator.device, advice, TrainingError):
-            mine = held_out.score(
-                student.model, rank=accelerator.process_index, world=accelerator.num_processes
-            )
-        sums = torch.tensor([*vars(mine).values()], dtype=torch.float64, device=accelerator.device)
-        nats, *counts = accelerator.reduce(sums, "sum").tolist()
+            try:
+                if stop:
+                    stop.is_watched = False
+                mine = held_out.score(
+                    student.model, rank=accelerator.process_index, world=accelerator.num_processes
+                )
+            except Stopped:
+                mine, is_cut = Scores(), True
+            finally:
+                if stop:  # processes that wait for one another must all come to the sum
+                    stop.is_watched = True
+        sums = torch.tensor(
+            [is_cut, *vars(mine).values()], dtype=torch.float64, device=accelerator.device
+        )
+        num_cut, nats, *counts = accelerator.reduce(sums, "sum").tolist()
+    if num_cut:
+        return None
     scores = Scores(**dict(zip(vars(mine), [nats, *map(round, counts)], strict=True)))
     watch.evaluation(step, scores)
     return scores

@@ -90,7 +90,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def process(out: Path, tars: list[Path], cache: Path, *options: str) -> list[str]:
+def process(out: Path, tars: list[Path], cache: Path | None, *options: str) -> list[str]:
     """The command of the run."""
     file = write_recipe(out.with_suffix(".yaml"), **RUN)
     return command_line(
@@ -578,7 +578,7 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(
         line = error_line(train(out, tars, orphan_cache, "--eval-data", tars[1], "--resume", **RUN))
 
         assert f"{newest}: cannot be read (" in line
-        assert "delete it, and --resume goes on from the one before" in line
+        assert "delete it: --resume goes on from the one before" in line
         (newest / name).write_bytes(whole)
 
 
@@ -727,6 +727,35 @@ if os.environ["RANK"] == "1":
     last = RunFolder(out).checkpoints()[-1]
     assert stopped == {"stopped": True, "steps": int(last.name.removeprefix("step-"))}
     assert (last / "random_states_1.pkl").is_file()
+
+
+def test_all_processes_stop_in_the_last_evaluation_if_one_is_asked_there(
+    tars: list[Path], tmp_path: Path
+) -> None:
+    """One is at work, the other waits for its scores and can hear no signal meanwhile."""
+    single = process(tmp_path / "run", tars, None)
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os, signal, time
+from student_train.evaluate import HeldOutSet
+score, calls = HeldOutSet.score, []
+def slow(*given, **options):
+    calls.append(0)
+    if os.environ["RANK"] == "1" and len(calls) == 3:  # after those of steps 5 and 10
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return score(*given, **options)
+HeldOutSet.score = slow
+{single[2]}
+"""
+    )
+    torchrun = [single[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    stopped = json.loads(run_process([*torchrun, str(script), *single[3:]]))
+
+    assert stopped == {"stopped": True, "steps": 12}
+    assert not (tmp_path / "run" / "export").exists()
 
 
 # -- from stage to stage -------------------------------------------------------------------------

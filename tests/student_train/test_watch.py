@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,9 @@ def test_a_log_that_cannot_be_written_is_one_of_our_errors(
 
     with pytest.raises(TrainingError, match=rf"{name}: cannot be written \(File too large\)"):
         steps()
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("tensorboard"):
+            thread.join(timeout=10)  # or its error would be the next test's
 
 
 def test_logs_that_cannot_be_opened_are_one_of_our_errors(tmp_path: Path) -> None:

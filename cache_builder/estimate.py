@@ -15,6 +15,7 @@ from cache_builder.committed import Committed
 from cache_builder.prepare import PreparedSample, prepare
 from cache_builder.probe import choose
 from cache_builder.setup import load_teacher_tokenizer
+from cache_builder.skips import skipped_before, skipped_by_headers
 from cache_builder.tars import find_pending
 from cache_builder.teacher import check_spec, config_digest, teacher_facts
 from shared.checkpoint import ModelFolder
@@ -104,11 +105,10 @@ def estimate(
     records = _records(out, spec, config, tokenizer, dtype)
     left = find_pending(records, indexes, out, by_headers=True)
     found = _estimate(left, spec, config, tokenizer)
-    done = [records[index.name] for index in indexes if index.name in records]
     return replace(
         found,
         all_samples=sum(index.num_samples for index in indexes),
-        all_skipped=found.all_skipped + sum(len(record.skipped) for record in done),
+        all_skipped=found.all_skipped + len(skipped_before(indexes, records)),
     )
 
 
@@ -156,7 +156,7 @@ def _estimate(
                     images.add((tar.name, item.image_digest))
     scale = sum(len(tar.samples) for tar in tars) / max(1, len(usable) + len(skipped))
     # Those that the headers rule out are all known: no part of them stands for the others.
-    lost = [Skipped(key=key, reason=why) for tar in tars for key, why in tar.skipped.items()]
+    lost = skipped_by_headers(tars)
     total = sum(tar.num_samples for tar in tars)
     all_skipped = len(lost) + round(len(skipped) * scale)
     skipped += lost

@@ -16,6 +16,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from cache_builder.ahead import Ahead
+from cache_builder.skips import skipped_by_headers
 from shared.errors import UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
@@ -91,8 +92,7 @@ def prepare(
     tar: TarIndex, spec: CacheSpec, tokenizer: Tokenizer
 ) -> Iterator[PreparedSample | Skipped]:
     """Read a tar's samples and build their prompts; those that cannot be used come as Skipped."""
-    for key, reason in tar.skipped.items():
-        yield Skipped(key=key, reason=reason)
+    yield from skipped_by_headers([tar])
     for entry in tar.samples:
         try:
             yield prepare_sample(read_sample(tar.path, entry), spec, tokenizer)

@@ -46,15 +46,18 @@ class Rebuild:
         tars = {shard_name(tar): tar for tar in expand_tars(data)}
         return cls(root=root, spec=spec, dtype=dtype, tars=tars)
 
-    def choose(self, report: Report) -> list[Path]:
+    def choose(self, report: Report, wanted: Sequence[str], missing: Sequence[str]) -> list[Path]:
         """Tars of the damaged shards, and of planned ones that are missing.
+
+        Args:
+            wanted: by `tars_to_rebuild`, and `missing` by `missing_shards`.
 
         Raises:
             MismatchError: a tar is not the one that its shard was built from.
             InputError: one of a damaged shard is not named, or cannot be read.
         """
-        chosen = choose_tars(tars_to_rebuild(self.root, report), list(self.tars.values()))
-        chosen += [self.tars[name] for name in missing_shards(self.root) if name in self.tars]
+        chosen = choose_tars(wanted, list(self.tars.values()))
+        chosen += [self.tars[name] for name in missing if name in self.tars]
         if chosen:
             check_tars(self.root, report, chosen)
         return chosen

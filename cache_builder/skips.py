@@ -69,15 +69,9 @@ class SkipBudget:
             InputError: less than the tars' headers tell already.
         """
         samples = sum(index.num_samples for index in indexes)
-        done = [records[index.name] for index in indexes if index.name in records]
-        budget = cls(limit=limit, samples=samples, skipped=[s for r in done for s in r.skipped])
-        by_headers = [
-            Skipped(key=key, reason=reason)
-            for index in indexes
-            if index.name not in records
-            for key, reason in index.skipped.items()
-        ]
-        budget._refuse_above_limit([*budget.skipped, *by_headers])
+        budget = cls(limit=limit, samples=samples, skipped=skipped_before(indexes, records))
+        pending = [index for index in indexes if index.name not in records]
+        budget._refuse_above_limit([*budget.skipped, *skipped_by_headers(pending)])
         return budget
 
     def spend(self, skipped: Sequence[Skipped]) -> None:
@@ -99,6 +93,23 @@ class SkipBudget:
                 "these samples where they stand (a sample taken out of the JSON moves all that "
                 "follow it to other places, and other tars need other shards)"
             )
+
+
+def skipped_before(
+    indexes: Sequence[TarIndex], records: Mapping[str, ShardRecord]
+) -> list[Skipped]:
+    """Of the tars whose shard is there, what it lacks."""
+    done = [records[index.name] for index in indexes if index.name in records]
+    return [skipped for record in done for skipped in record.skipped]
+
+
+def skipped_by_headers(indexes: Sequence[TarIndex]) -> list[Skipped]:
+    """What the tars' headers rule out already."""
+    return [
+        Skipped(key=key, reason=reason)
+        for index in indexes
+        for key, reason in index.skipped.items()
+    ]
 
 
 def frequent_reasons(skipped: Sequence[Skipped], most: int = 3) -> list[str]:

@@ -109,7 +109,7 @@ def repair(
     rebuild = Rebuild.of(cache, data) if teacher else None
     report = verify_cache(cache, workers=workers, decode=decode)
     wanted, missing = tars_to_rebuild(cache, report), missing_shards(cache)
-    chosen = rebuild.choose(report) if rebuild else []
+    chosen = rebuild.choose(report, wanted, missing) if rebuild else []
     # And what is refused is refused before anything is taken out.
     builder = (
         rebuild.load(report, teacher, vision_tower=vision_tower, device=device)

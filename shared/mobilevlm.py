@@ -196,7 +196,7 @@ class MobileVLM(nn.Module):
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
         padded = pad(embeds)
         mask = pad([embed.new_ones(len(embed), dtype=torch.long) for embed in embeds])
-        end = int(self.config.llama.eos_token_id)
+        end = int(self.llm.config.eos_token_id)
         out = self.llm.generate(
             inputs_embeds=padded, attention_mask=mask, do_sample=False, num_beams=1,
             max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end,

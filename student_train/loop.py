@@ -239,8 +239,9 @@ def num_steps(training_set: TrainingSet, world: int) -> int:
     recipe = training_set.recipe
     share, odd = divmod(recipe.global_batch, world)
     if odd or share % recipe.micro_batch:
-        fits = f"global_batch to a multiple of {world}"
-        fits = fits if odd else f"micro_batch to a divisor of {share}"
+        fits = f"micro_batch to a divisor of {share}"
+        if odd:
+            fits = f"global_batch to a multiple of {world}"
         raise TrainingError(
             f"global_batch {recipe.global_batch} cannot be shared by {world} processes in "
             f"micro-batches of {recipe.micro_batch}; --set {fits}"

@@ -60,6 +60,12 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+]  # fmt: skip
+"Two processes."
+
+
 @pytest.fixture(scope="module")
 def orphan_cache(tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache whose teacher is gone."""
@@ -691,9 +697,7 @@ def test_two_processes_make_one_run(
     single = process(out, tars, orphan_cache)
     script = tmp_path / "train.py"
     script.write_text(single[2])
-    torchrun = [single[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-    stdout = run_process([*torchrun, str(script), *single[3:]])
+    stdout = run_process([*TORCHRUN, str(script), *single[3:]])
 
     assert json.loads(stdout)["steps"] == 12
     for ours, theirs in zip(loss_lines(out), loss_lines(undisturbed), strict=True):
@@ -720,9 +724,7 @@ if os.environ["RANK"] == "1":
 {single[2]}
 """
     )
-    torchrun = [single[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-    stopped = json.loads(run_process([*torchrun, str(script), *single[3:]]))
+    stopped = json.loads(run_process([*TORCHRUN, str(script), *single[3:]]))
 
     last = RunFolder(out).checkpoints()[-1]
     assert stopped == {"stopped": True, "steps": int(last.name.removeprefix("step-"))}
@@ -750,9 +752,7 @@ HeldOutSet.score = slow
 {single[2]}
 """
     )
-    torchrun = [single[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-    stopped = json.loads(run_process([*torchrun, str(script), *single[3:]]))
+    stopped = json.loads(run_process([*TORCHRUN, str(script), *single[3:]]))
 
     assert stopped == {"stopped": True, "steps": 12}
     assert not (tmp_path / "run" / "export").exists()

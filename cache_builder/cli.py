@@ -139,8 +139,8 @@ def pack(
 ) -> None:
     """Pack LLaVA-format JSON and its images into WebDataset tars.
 
-    The same input gives the same bytes. Ids become keys of samples; one that stands again is
-    numbered: k, k-1, k-2.
+    The same input gives the same bytes. Ids become keys of samples, / and . in them _; a key that
+    stands again is numbered: k, k-1, k-2.
     """
     from cache_builder.pack import pack as pack_tars
 
@@ -157,7 +157,7 @@ def pack(
 def info(cache: Path, as_json: bool) -> None:
     """Say what CACHE is, how far its build is, what it weighs and what was skipped.
 
-    Reads the shards' records only.
+    Reads records and plans only.
     """
     from cache_builder.summary import summarise
 
@@ -228,6 +228,10 @@ def _summary_lines(cache: Path, summary: "Summary") -> list[str]:
     lines += [f"  {name:<18} {bytes_text(size):>10}" for name, size in summary.sizes.items()]
     if summary.identity:
         lines += _identity_lines(summary.identity)
+    if summary.misfits:
+        lines.append(
+            f"of another build {len(summary.misfits)} shards: cache-tools verify {cache} says how"
+        )
     lines += _skip_lines(summary)
     lines += [f"pending   {name}" for name in summary.pending[:10]]
     if len(summary.pending) > 10:

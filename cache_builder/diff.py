@@ -12,6 +12,18 @@ from shared.record import ShardRecord, differences, no_cache, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplePlace:
+    """What a record says of one sample."""
+
+    length: int
+    "Tokens, vision tokens counted."
+    row: int | None
+    "On the `sample` axis; None where the two shards do not hold the same samples."
+    image: int | None
+    "Row on the `image` axis, -1 for text only; None as `row`."
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardDiff:
     """How one shard differs."""
 
@@ -21,6 +33,8 @@ class ShardDiff:
     "Samples."
     keys_only_in_b: tuple[str, ...]
     "Samples."
+    samples: dict[str, tuple[SamplePlace, SamplePlace]]
+    "Of the samples in both, those that lie elsewhere or have another length: in A, in B."
     skipped: dict[str, tuple[str | None, str | None]]
     "Key -> reason in A, reason in B; None where it is not skipped."
     probe: dict[str, tuple[str | None, str | None]]
@@ -37,7 +51,7 @@ class CacheDiff:
     """How two caches differ; all empty if they hold the same."""
 
     identity: dict[str, tuple[Any, Any]]
-    "Dotted path -> value in A, value in B."
+    "Dotted path -> value in A, value in B, of the first shard where they differ."
     shards_only_in_a: tuple[str, ...]
     "Names."
     shards_only_in_b: tuple[str, ...]
@@ -45,7 +59,7 @@ class CacheDiff:
     shards: dict[str, ShardDiff]
     "Of the shards in both, those that differ."
     equal: int
-    "Shards that are in both and equal in every byte."
+    "Shards that are in both and hold the same."
 
     def __bool__(self) -> bool:
         return bool(self.identity or self.shards_only_in_a or self.shards_only_in_b or self.shards)
@@ -62,7 +76,7 @@ def diff_caches(a: Path, b: Path) -> CacheDiff:
     both = [name for name in ours if name in theirs]
     shards = {name: _diff_shard(ours[name], theirs[name]) for name in both}
     return CacheDiff(
-        identity=_pairs(_identity(ours), _identity(theirs)),
+        identity=_identity_pairs(ours, theirs),
         shards_only_in_a=tuple(name for name in ours if name not in theirs),
         shards_only_in_b=tuple(name for name in theirs if name not in ours),
         shards={name: found for name, found in shards.items() if found},
@@ -87,12 +101,25 @@ def _read(root: Path) -> dict[str, ShardRecord]:
     return records
 
 
-def _identity(records: Mapping[str, ShardRecord]) -> dict[str, Any]:
-    return next(iter(records.values())).identity
+def _identity_pairs(
+    ours: Mapping[str, ShardRecord], theirs: Mapping[str, ShardRecord]
+) -> dict[str, tuple[Any, Any]]:
+    """Of every shard that is in both: shards of one folder may be of different builds."""
+    both = [(ours[name], theirs[name]) for name in ours if name in theirs]
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for one, other in both or [(_first(ours), _first(theirs))]:
+        pairs = _pairs(one.identity, other.identity) | pairs
+    return pairs
+
+
+def _first(records: Mapping[str, ShardRecord]) -> ShardRecord:
+    return next(iter(records.values()))
 
 
 def _diff_shard(ours: ShardRecord, theirs: ShardRecord) -> ShardDiff:
     a, b = set(ours.keys), set(theirs.keys)
+    places = [_places(record, with_rows=a == b) for record in (ours, theirs)]
+    pairs = [(key, (places[0][key], places[1][key])) for key in ours.keys if key in b]
     skips = [{s.key: s.reason for s in record.skipped} for record in (ours, theirs)]
     probes = [
         {s.key: s.pixels_sha256 or "text only" for s in record.probe} for record in (ours, theirs)
@@ -101,10 +128,21 @@ def _diff_shard(ours: ShardRecord, theirs: ShardRecord) -> ShardDiff:
         tar=_pairs(asdict(ours.tar), asdict(theirs.tar)),
         keys_only_in_a=tuple(key for key in ours.keys if key not in b),
         keys_only_in_b=tuple(key for key in theirs.keys if key not in a),
+        samples={key: places for key, places in pairs if places[0] != places[1]},
         skipped=_pairs(*skips),
         probe=_pairs(*probes),
         arrays=_pairs(array_digests(ours), array_digests(theirs)),
     )
+
+
+def _places(record: ShardRecord, *, with_rows: bool) -> dict[str, SamplePlace]:
+    samples = enumerate(zip(record.keys, record.lengths, record.images, strict=True))
+    return {
+        key: SamplePlace(
+            length=length, row=row if with_rows else None, image=image if with_rows else None
+        )
+        for row, (key, length, image) in samples
+    }
 
 
 def _pairs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     "--student-vision-tower", help="CLIP folder or hub id.  [default: the student's config says]"
 )
 @click.option(
-    "--recipe", default="stage2", show_default=True,
-    help="The students' recipe: loss weights, batch, seed; as for train-student.",
+    "--recipe", help="The students' recipe: loss weights, batch, seed; as for train-student.  "
+    "[default: stage2]",
 )  # fmt: skip
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE",
@@ -60,15 +60,18 @@ if TYPE_CHECKING:
 @AS_JSON
 def fidelity(
     cache: Path, teacher: str, vision_tower: str | None, data: tuple[str, ...], device: str | None,
-    samples: int, students: tuple[str, ...], student_vision_tower: str | None, recipe: str,
-    settings: tuple[str, ...], as_json: bool,
+    samples: int, students: tuple[str, ...], student_vision_tower: str | None,
+    recipe: str | None, settings: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Say what CACHE's encodings lose, and what that does to students.
 
     Runs the teacher on some of the samples again and compares each array with the exact values. For
     each student, loss terms and gradients of the recipe's batches are compared too, in float32.
     """
-    only_with("--student", bool(students), student_vision_tower=student_vision_tower, set=settings)
+    only_with(
+        "--student", bool(students), student_vision_tower=student_vision_tower, recipe=recipe,
+        set=settings,
+    )  # fmt: skip
     with announced(IMPORTING):
         from cache_builder.fidelity import measure_cache, measure_students
     from shared.samples import expand_tars
@@ -84,7 +87,7 @@ def fidelity(
         )  # fmt: skip
         reports: list[dict[str, Any]] = []
         if students:
-            options = [*named, *tower, "--recipe", recipe, *changes]
+            options = [*named, *tower, "--recipe", recipe or "stage2", *changes]
             try:
                 reports = measure_students(cache, exact, found, options)
             except subprocess.CalledProcessError as failed:  # it has said why

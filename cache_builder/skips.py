@@ -89,7 +89,7 @@ class SkipBudget:
             raise InputError(
                 f"{len(skipped)} of {self.samples} samples cannot be used so far, --max-skipped "
                 f"{self.limit.text} allows {allowed}: {'; '.join(frequent_reasons(skipped))}. "
-                "The shards that are built stay: go on with a larger --max-skipped, or correct "
+                "Shards that are built stay: go on with a larger --max-skipped, or correct "
                 "these samples where they stand (a sample taken out of the JSON moves all that "
                 "follow it to other places, and other tars need other shards)"
             )

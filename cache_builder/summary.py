@@ -55,6 +55,8 @@ class Summary:
     "Signal -> bytes on disk."
     identity: dict[str, Any]
     "What the cache was built with; empty if nothing is committed yet."
+    misfits: tuple[str, ...]
+    "Shards that were built with something else than the first one, whose identity this is."
     pending: tuple[str, ...]
     "Planned shards that are not committed."
 
@@ -75,7 +77,7 @@ def summarise(root: Path) -> Summary:
     planned = {name for file in plan_files(root) for name in read_plan(root, file)}
     if not records and not planned:
         raise no_cache(root, "records or plans")
-    specs = [spec_of(record) for record in records.values()]
+    first = next(iter(records.values()), None)
     skipped = tuple(
         SkippedSample(key=sample.key, shard=name, reason=sample.reason)
         for name, record in records.items()
@@ -94,12 +96,9 @@ def summarise(root: Path) -> Summary:
         skip_reasons=dict(reasons.most_common()),
         skipped_samples=skipped,
         sizes=dict(sizes.most_common()),
-        identity=next(
-            (
-                {**record.identity, "spec": spec.to_dict()}
-                for record, spec in zip(records.values(), specs, strict=True)
-            ),
-            {},
+        identity={**first.identity, "spec": spec_of(first).to_dict()} if first else {},
+        misfits=tuple(
+            name for name, record in records.items() if first and record.identity != first.identity
         ),
         pending=tuple(sorted(planned - set(records))),
     )

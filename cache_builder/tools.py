@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cache_builder.build import Builder
     from cache_builder.diff import CacheDiff, ShardDiff
     from cache_builder.gc import Leftover
-    from cache_builder.verify import Report
+    from cache_builder.verify import Problem, Report
 
 _WORKERS = click.option(
     "--workers", default=min(8, len(os.sched_getaffinity(0))), show_default="CPUs, at most 8",
@@ -63,7 +63,8 @@ def verify(
 ) -> None:  # fmt: skip
     """Compare every byte of CACHE with its records.
 
-    Names all that is missing, changed, or there in excess, and ends with 1 if there is any.
+    Names all that is missing or changed, links, and what lies in a shard's folder in excess, and
+    ends with 1 if there is any.
     """
     only_with("--teacher", teacher is not None, vision_tower=vision_tower, device=device)
     from cache_builder.verify import verify_cache, verify_targets
@@ -117,7 +118,7 @@ def repair(
         else None
     )
     take_out(cache, report)
-    lines = [f"{problem}" for problem in report.problems if problem.kind != "cache"]
+    lines = [f"{problem}" for problem in report.problems]
     lines.append(
         f"{cache}: {len(wanted)} shards taken out"
         + (f"; build again: {' '.join(wanted)}" if wanted else "")
@@ -159,12 +160,15 @@ def _refuse_what_is_left(cache: Path, report: "Report") -> None:
     if report.unreadable:
         parts.append(f"{_unreadable(report)}, and are left as they are: {_MEND}")
     if left := [problem for problem in report.problems if problem.kind == "cache"]:
-        parts.append(
-            f"{len(left)} problems are left that taking shards out does not solve, the first: "
-            f"{left[0]}"
-        )
+        parts.append(_beyond_repair(left))
     if parts:
         raise CacheError(f"{cache}: {'; '.join(parts)}")
+
+
+def _beyond_repair(problems: "Sequence[Problem]") -> str:
+    return (
+        f"{len(problems)} problems that taking shards out does not solve, the first: {problems[0]}"
+    )
 
 
 def _unreadable(report: "Report") -> str:
@@ -212,7 +216,8 @@ def gc(cache: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Say what differs between the caches A and B.
 
-    Compares records: identity, shards, samples, digests of arrays. Ends with 1 if anything differs.
+    Compares records, not data: identity, shards, samples, what was skipped, digests of arrays. Ends
+    with 1 if anything differs.
     """
     from cache_builder.diff import diff_caches
 
@@ -244,16 +249,19 @@ def _report_lines(cache: Path, report: "Report") -> Iterator[str]:
 
 def _verdict(cache: Path, report: "Report") -> str:
     bad = report.bad_shards
-    others = [problem for problem in report.problems if problem.kind in ("plan", "cache")]
+    plans = [problem.place for problem in report.problems if problem.kind == "plan"]
+    others = [problem for problem in report.problems if problem.kind == "cache"]
     off = sorted({problem.place for problem in report.problems if problem.kind == "targets"})
     parts = []
     if bad:
         parts.append(f"{len(bad)} of {report.shards} shards are damaged: {_first_five(bad)}")
-    if others:
-        parts.append(f"{len(others)} problems besides, the first: {others[0]}")
-    if bad or others:
+    if plans:
+        parts.append(f"{len(plans)} plans are damaged: {_first_five(plans)}")
+    if bad or plans:
         repair = f"cache-tools repair {cache}"
         parts.append(f"{repair} takes out what is damaged and says what to build again")
+    if others:
+        parts.append(_beyond_repair(others))
     if report.unreadable:
         parts.append(f"{_unreadable(report)}; {_MEND}")
     if off:
@@ -290,6 +298,11 @@ def _shard_lines(shard: "ShardDiff") -> Iterator[str]:
     for side, keys in (("A", shard.keys_only_in_a), ("B", shard.keys_only_in_b)):
         if keys:
             yield f"{len(keys)} samples only in {side}: {', '.join(keys[:3])}"
+    if shard.samples:
+        yield (
+            f"{len(shard.samples)} samples have another row, image or length: "
+            f"{', '.join([*shard.samples][:3])}"
+        )
     if shard.skipped:
         yield f"{len(shard.skipped)} samples skipped otherwise: {', '.join([*shard.skipped][:3])}"
     for key, (ours, theirs) in shard.probe.items():

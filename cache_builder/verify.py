@@ -11,13 +11,20 @@ from cache_builder.gc import find_leftovers
 from cache_builder.values import wrong_digests, wrong_value
 from shared.cache import Cache, open_cache
 from shared.errors import CacheError, DamagedError, MismatchError
-from shared.inside import Entry, open_inside, walk_inside
+from shared.inside import Entry, list_inside, open_inside, walk_inside
 from shared.plan import PLANS, plan_files, read_plan
 from shared.probe import compare_image, read_probe
 from shared.progress import IMPORTING, announced, progress
-from shared.readable import sha256_of
+from shared.readable import reading, sha256_of
 from shared.reader import ShardReader
-from shared.record import ShardRecord, differences, no_cache, record_names
+from shared.record import (
+    DATA,
+    RECORDS,
+    ShardRecord,
+    differences,
+    no_cache,
+    record_names,
+)
 from shared.strict import shown
 
 Advance = Callable[[int], object]
@@ -127,6 +134,7 @@ def verify_cache(root: Path, *, workers: int, decode: bool) -> Report:
         raise no_cache(root, "records or plans")
     problems += bad_plans
     problems += _misfits(records)
+    problems += _links(root, records)
     problems += _check_files(root, records.values(), workers)
     samples = 0
     unchecked: tuple[str, ...] = ()
@@ -187,6 +195,23 @@ def _misfits(records: Mapping[str, ShardRecord]) -> Iterator[Problem]:
         if twins:
             what = f"{len(twins)} samples stand in shard {owners[twins[0]]} too: {shown(twins[0])}"
             yield Problem(kind="cache", place=name, file="", what=what)
+
+
+def _links(root: Path, records: Mapping[str, ShardRecord]) -> Iterator[Problem]:
+    """Links and special files beside what is read, which is looked at for itself."""
+    read = {f"{RECORDS}/{name}.json" for name in record_names(root)}
+    read |= {DATA, *plan_files(root), *(record.data for record in records.values())}
+    for folder in ("", RECORDS, PLANS, DATA):
+        try:
+            with reading(root, CacheError):
+                entries = list_inside(root, folder)
+        except DamagedError:  # `data` is a link: that is said of each shard
+            continue
+        for entry in entries:
+            path = f"{folder}/{entry.name}".lstrip("/")
+            if entry.kind in ("link", "special file") and path not in read:
+                what = f"is a {entry.kind}; a cache is made of folders and files alone"
+                yield Problem(kind="cache", place="", file=path, what=what)
 
 
 def _check_files(root: Path, records: Collection[ShardRecord], workers: int) -> Iterator[Problem]:

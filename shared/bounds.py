@@ -79,6 +79,8 @@ def check_range(name: str, value: int, least: int, most: int) -> None:
 
 def check_identity(identity: Mapping[str, Any]) -> None:
     """All sections, what is looked up in them, and nothing deep or long besides."""
+    if unknown := [*identity.keys() - set(IDENTITY)]:
+        raise ValueError(f"identity has {shown(sorted(unknown)[:3])} besides {', '.join(IDENTITY)}")
     for section in IDENTITY:
         if not isinstance(identity.get(section), dict):
             raise ValueError(f"identity has no {section}")  # noqa: TRY004  (one error for all)

@@ -20,6 +20,7 @@ from shared.sealed import MAX_BYTES, parse_json
 
 PLANS = "plans"
 "Their folder in a cache."
+_FILE = re.compile(r"[0-9a-f]{16}\.json")
 
 
 class _Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,7 +33,7 @@ class _Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def plan_files(root: Path) -> list[str]:
-    """Files of the plans, relative to the cache.
+    """Files of the plans, relative to the cache; whatever else lies beside them is passed over.
 
     Raises:
         DamagedError: the folder of the plans is a link.
@@ -40,7 +41,7 @@ def plan_files(root: Path) -> list[str]:
     """
     with reading(root, CacheError):
         names = [entry.name for entry in list_inside(root, PLANS)]
-    return [f"{PLANS}/{name}" for name in names if re.fullmatch(r"[^.].*\.json", name)]
+    return [f"{PLANS}/{name}" for name in names if _FILE.fullmatch(name)]
 
 
 def plan_file(shards: Sequence[str]) -> tuple[str, bytes]:

@@ -9,6 +9,7 @@ before use: a cache may come from a stranger.
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -347,8 +348,12 @@ def spec_of(record: ShardRecord) -> CacheSpec:
     Raises:
         DamagedError: it is not a spec that this version knows.
     """
+    values = record.identity["spec"]
+    # Of a spec that a person writes some may be left out; a record says all of them.
+    if missing := [field.name for field in fields(CacheSpec) if field.name not in values]:
+        raise DamagedError(f"shard {record.name}: unreadable spec (no {', '.join(missing)})")
     try:
-        return parse(CacheSpec, record.identity["spec"], where=f"shard {record.name}: spec")
+        return parse(CacheSpec, values, where=f"shard {record.name}: spec")
     except ConfigError as error:
         raise DamagedError(f"shard {record.name}: unreadable spec ({error})") from error
 

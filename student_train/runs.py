@@ -2,6 +2,7 @@
 
 OUT/run.json                      recipe and identities; compared when the run is resumed. And what
                                   code made it, and of which adapters it began: not compared
+OUT/skipped.jsonl                 samples that cannot be used, with their reason; absent if all can
 OUT/log.jsonl, OUT/tensorboard/   what happened, step by step
 OUT/checkpoints/step-00000500/    everything that a resumed run needs (this run's own, not to be
                                   shared: accelerate stores random states as pickle), with a copy
@@ -16,7 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +30,14 @@ from shared.durable import make_folder, put_file, sync_folder, sync_tree
 from shared.errors import TrainingError
 from shared.mobilevlm import MobileVLM
 from shared.readable import is_file, reading
-from shared.record import differences
+from shared.record import Skipped, differences
 from student_train.config import MAY_CHANGE
 from student_train.student import Adapters
 
 log = logging.getLogger(__name__)
 
+SKIPPED = "skipped.jsonl"
+"Name of the list of what a run is without."
 _RECORDED = ("code", "adapters")
 """Settings that are not compared on resuming: code may be updated, and which adapters a run began
 with is part of `student_weights`."""
@@ -136,6 +139,13 @@ class RunFolder:
         """From now on the folder holds a run; checkpoints say the same."""
         self._written = settings
         put_file(self._settings, json.dumps(settings, indent=1).encode(), TrainingError)
+
+    def write_skipped(self, skipped: Sequence[Skipped]) -> None:
+        """The samples that the run is without, a line each; logs name the first of them only."""
+        if skipped:
+            lines = [json.dumps({"key": one.key, "reason": one.reason}) for one in skipped]
+            content = "".join(f"{line}\n" for line in lines)
+            put_file(self.path / SKIPPED, content.encode(), TrainingError)
 
     def newest_checkpoint(self) -> Path | None:
         """The last whole checkpoint."""

@@ -29,6 +29,7 @@ from student_train.lineage import code_identity
 from student_train.loop import Outcome, make_accelerator, num_steps, train
 from student_train.probe import check_probe
 from student_train.runs import (
+    SKIPPED,
     RunFolder,
     export_student,
     file_sha256,
@@ -117,6 +118,7 @@ def run_training(
             if not resume:
                 run.check_free()  # another run may have begun meanwhile
             run.write_settings(settings)
+            run.write_skipped(training_set.skipped)
         outcome = train(student, training_set, held_out, run, accelerator, checkpoint, stop)
         if accelerator.is_main_process and not outcome.stopped:
             _export(student, folder, run, recipe, settings)
@@ -162,6 +164,10 @@ def _log_start(
         log.warning("eval_every=%d, but no --eval-data: nothing is evaluated", recipe.eval_every)
     for sample in training_set.skipped[:20]:
         log.warning("skipped=%s reason=%s", sample.key, sample.reason)
+    if len(training_set.skipped) > 20:
+        log.warning(
+            "skipped %d more: all are in --out's %s", len(training_set.skipped) - 20, SKIPPED
+        )
 
 
 def refuse_disagreement(settings: Mapping[str, Any], checkpoint: Path | None) -> None:

@@ -469,7 +469,7 @@ def test_info_on_no_cache_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("plan", ["", "[]", "{}", '{"shards": 5}', '{"shards": [5]}'])
 def test_info_on_a_damaged_plan_is_one_line(tmp_path: Path, tar: Path, plan: str) -> None:
     command(tmp_path / "cache", tar, ALIGN_ONLY)
-    (tmp_path / "cache" / "plans" / "x.json").write_text(plan)
+    (tmp_path / "cache" / "plans" / f"{0:016x}.json").write_text(plan)
 
     assert "not a plan" in error_line(invoke(cache_tools, "info", str(tmp_path / "cache")))
 

@@ -75,7 +75,7 @@ def test_the_shard_that_crosses_the_limit_is_not_committed_and_the_line_says_why
     assert "6 of 29 samples cannot be used so far, --max-skipped 10% allows 3: " in line
     assert "4 x image of zero bytes (t-0-bad-0, t-1-bad-0, t-1-bad-2, ...); 2 x " in line
     assert "tokens, at most 2048 (t-1-bad-1, t-1-bad-3)" in line
-    assert "The shards that are built stay: go on with a larger --max-skipped, or correct " in line
+    assert "Shards that are built stay: go on with a larger --max-skipped, or correct " in line
     assert line.endswith("follow it to other places, and other tars need other shards)")
 
 

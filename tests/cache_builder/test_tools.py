@@ -246,8 +246,44 @@ def test_shards_of_two_builds_are_named_and_left_by_repair(root: Path) -> None:
     assert "identity: teacher.hidden_size is 5, in shard ref-000000 64" in found["what"]
     code, _, stderr = run("repair", root)
     assert code == 1
-    assert "1 problems are left that taking shards out does not solve" in stderr
+    assert "1 problems that taking shards out does not solve" in stderr
     assert snapshot(root) == before
+
+
+def test_all_shards_that_do_not_belong_are_named(root: Path, packed_tars: list[Path]) -> None:
+    edit_record(root, BAD, lambda values: values["identity"]["numerics"].update(dtype="float64"))
+    edit_record(root, BAD, lambda values: values["identity"]["teacher"].update(hidden_size=5))
+
+    code, stdout, stderr = run("repair", root)
+
+    assert (code, stdout.count("identity: ")) == (1, 2)
+    assert "2 problems that taking shards out does not solve, the first: " in stderr
+    assert "cache-tools repair" not in run("verify", root)[2]
+    assert "of another build 1 shards: cache-tools verify" in run("info", root)[1]
+
+
+@pytest.mark.parametrize("folder", ["", "records", "plans", "data"])
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/etc"), os.mkfifo])
+def test_links_and_pipes_beside_what_is_read_are_found_and_left(
+    root: Path, folder: str, make: Callable[[Path], object]
+) -> None:
+    make(root / folder / "odd")
+    (root / folder / "file").touch()
+    before = snapshot(root)
+
+    (found,) = problems(root)
+
+    assert (found["kind"], found["file"]) == ("cache", str(Path(folder) / "odd"))
+    assert "a cache is made of folders and files alone" in found["what"]
+    assert run("repair", root)[0] == 1
+    assert snapshot(root) == before
+
+
+def test_what_is_no_plan_by_its_name_is_passed_over(root: Path) -> None:
+    (root / "plans" / "my notes.json").write_text("not a plan")
+
+    assert problems(root) == []
+    assert run("info", root)[0] == 0
 
 
 def test_a_record_of_another_format_is_never_removed(root: Path) -> None:
@@ -780,6 +816,49 @@ def test_shards_differ_in_tar_samples_and_skips(root: Path, cache_path: Path) ->
     assert found["probe"] == {
         p.key: [p.pixels_sha256 or "text only", None] for p in record(cache_path, BAD).probe
     }
+
+
+def test_an_identity_that_differs_in_a_later_shard_differs(root: Path, cache_path: Path) -> None:
+    edit_record(root, BAD, lambda values: values["identity"]["numerics"].update(dtype="float64"))
+
+    assert diff(cache_path, root)["identity"] == {"numerics.dtype": ["float32", "float64"]}
+
+
+def test_samples_that_lie_elsewhere_or_have_another_length_differ(
+    root: Path, cache_path: Path
+) -> None:
+    def edit(values: dict[str, Any]) -> None:
+        values["keys"].reverse()
+        values["lengths"].reverse()
+        values["images"].reverse()
+
+    edit_record(root, BAD, edit)
+    edit_record(root, "ref-000000", lambda values: values["lengths"].__setitem__(0, 7))
+    length, image = (getattr(record(cache_path, BAD), name)[0] for name in ("lengths", "images"))
+
+    found = diff(cache_path, root)["shards"]
+
+    assert list(found[BAD]["samples"]) == list(record(cache_path, BAD).keys)
+    assert found[BAD]["samples"]["s2"] == [
+        {"length": length, "row": 0, "image": image}, {"length": length, "row": 1, "image": image},
+    ]  # fmt: skip
+    assert [place["length"] for place in found["ref-000000"]["samples"]["s0"]][1] == 7
+    assert "2 samples have another row, image or length: s2" in run("diff", cache_path, root)[1]
+
+
+def test_of_shards_with_other_samples_the_length_of_common_ones_is_compared(
+    root: Path, cache_path: Path
+) -> None:
+    def edit(values: dict[str, Any]) -> None:
+        values["keys"][0] = "other"
+        values["lengths"][1] = 7
+        values["probe"] = []
+
+    edit_record(root, BAD, edit)
+
+    ((ours, theirs),) = diff(cache_path, root)["shards"][BAD]["samples"].values()
+
+    assert (ours["row"], theirs) == (None, {"length": 7, "row": None, "image": None})
 
 
 def test_arrays_of_equal_sizes_and_other_bytes_differ(root: Path, cache_path: Path) -> None:

@@ -213,6 +213,15 @@ def test_a_spec_that_this_version_does_not_know_is_refused(copied: Path, spec: o
         open_cache(copied)
 
 
+@pytest.mark.parametrize("key", ["max_tokens", "logprobs"])
+def test_a_record_says_all_of_its_spec(copied: Path, key: str) -> None:
+    for shard in ("ref-000000", "ref-000001"):
+        edit_record(copied, shard, lambda values: values["identity"]["spec"].pop(key))
+
+    with pytest.raises(DamagedError, match=rf"unreadable spec \(no {key}\)"):
+        open_cache(copied)
+
+
 def test_a_cache_can_be_opened_again_and_again(cache_path: Path) -> None:
     first, second = open_cache(cache_path), open_cache(str(cache_path))
 

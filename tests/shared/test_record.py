@@ -107,6 +107,7 @@ FILE = {"size": 1, "sha256": "0" * 64}
         ({"keys": ["s0", "s0"]}, "a key stands twice"),
         ({"keys": ["s0", 5]}, "Expected `str`, got `int` - at `$.keys[1]`"),
         ({"identity": {}}, "identity has no spec"),
+        ({"identity": {"spec": {}, "more": {}}}, r"identity has ['more'] besides spec, teacher"),
         ({"files": {"": FILE}}, "path '' leaves the shard or has odd characters"),
         ({"files": {"a//b": FILE}}, "leaves the shard"),
         ({"files": {"./a": FILE}}, "leaves the shard"),
@@ -185,7 +186,7 @@ def nested(depth: int) -> Any:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (nested(8), "over 8 levels"),
+        (nested(7), "over 8 levels"),
         (nested(900), "over 8 levels"),
         (list(range(10_001)), "over 10000 values"),
         ("a" * 10_001, "a text of 10001 characters"),
@@ -199,7 +200,7 @@ def nested(depth: int) -> Any:
 def test_an_identity_is_neither_deep_nor_long(
     tmp_path: Path, values: dict[str, Any], more: object, message: str
 ) -> None:
-    values["identity"]["more"] = more
+    values["identity"]["teacher"]["more"] = more
 
     with pytest.raises(DamagedError, match=message):
         load(tmp_path, seal(values))

@@ -236,6 +236,21 @@ def test_samples_over_the_limit_are_skipped_and_listed(
     assert "tokens, at most 188" in caplog.text
 
 
+def test_all_skipped_samples_are_listed_in_the_runs_folder(
+    tars: list[Path], full_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [text_sample(f"long{n}", "word " * 200) for n in range(25)]
+    more = write_tar(tmp_path / "more.tar", *long)
+
+    result = train(tmp_path / "run", [*tars, more], None, max_tokens=220, max_steps=1)
+
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == [f"long{n}" for n in range(25)]
+    assert all("tokens, at most 220" in json.loads(line)["reason"] for line in lines)
+    assert "skipped 5 more: all are in --out's skipped.jsonl" in caplog.text
+
+
 def test_no_sample_within_the_limit(refused: Refused) -> None:
     line = refused(max_tokens=10)
 

@@ -177,7 +177,8 @@ class RunFolder:
         """Drop what a run resumed at `step` does again: later steps, evaluations from it on."""
         file = self.path / "log.jsonl"
         if file.is_file():
-            lines = file.read_text().splitlines()
+            with reading(file, TrainingError):
+                lines = file.read_text(errors="replace").splitlines()  # a power cut leaves anything
             kept = [line for line in lines if _is_kept(line, step)]
             put_file(file, "".join(f"{line}\n" for line in kept).encode(), TrainingError)
 
@@ -245,8 +246,10 @@ def export_student(
         write_weights(partial, model.published_state(), form)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / "distillation.json").write_text(json.dumps(lineage, indent=1) + "\n")
+        sync_tree(partial)  # an export says that a run is finished
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
+    sync_folder(folder.parent)
 
 
 def file_sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from cache_builder import estimate
 from cache_builder.cli import build_cache, cache_tools
+from shared.plan import read_plan
 from shared.spec import CacheSpec
 from tests.support import (
     ALIGN_ONLY,
@@ -231,6 +232,68 @@ def test_a_dry_run_predicts_the_sizes_that_a_build_stores(tmp_path: Path) -> Non
     edges = size(*(name for name in group.array_keys() if name.endswith("_offsets")))
     assert sum(map(predicted, signals)) - rest == whole - edges
     assert edges < 0.001 * whole
+
+
+def test_a_dry_run_scales_what_it_examined_to_all_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [sample(f"s{n}") for n in range(3)]
+    whole = write_tar(
+        tmp_path / "t.tar", same[0], sample("bad", b"{"), *same[1:], sample("b", b"{")
+    )
+    exact = dry(tmp_path, whole)
+    monkeypatch.setattr(estimate, "_MOST_SAMPLES", 2)  # one of either kind
+
+    found = dry(tmp_path, whole)
+
+    assert (exact["examined"], exact["all_skipped"]) == (5, 2)
+    assert (found["examined"], found["all_skipped"]) == (2, round(5 / 2))
+
+
+def test_a_dry_run_of_a_part_finds_the_sizes_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = write_tar(tmp_path / "t.tar", *(sample(f"s{n}") for n in range(4)))
+
+    def units() -> dict[str, float]:
+        signals = dry(tmp_path, tar)["signals"]
+        return {s["signal"]: s["units"] for s in signals}  # type: ignore[attr-defined]
+
+    exact = units()
+    monkeypatch.setattr(estimate, "_MOST_SAMPLES", 2)
+    found = units()
+
+    for name in ("sequence", "attention", "log-probabilities"):
+        assert found[name] == exact[name], name
+
+
+def test_a_dry_run_of_more_tars_than_samples_examines_one_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_MOST_SAMPLES", 2)
+    for name in "abc":
+        write_tar(tmp_path / f"{name}.tar", sample(f"{name}0"), sample(f"{name}1"))
+
+    found = dry(tmp_path, tmp_path / "[abc].tar")
+
+    assert (found["samples"], found["examined"]) == (6, 3)
+    assert found["size"]
+
+
+def test_attention_of_two_layers_is_predicted_as_twice_that_of_one(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar", sample("a"))
+    sizes = []
+    for layers in ([0], [0, 1]):
+        spec = {**FULL, "attention": {"layers": layers, "encoding": "float32"}}
+        result = command(tmp_path / "dry", tar, spec, TEACHER, "--dry-run", "--json")
+        (size,) = (
+            s["unit_bytes"]
+            for s in json.loads(result.stdout)["signals"]
+            if s["signal"] == "attention"
+        )
+        sizes.append(size)
+
+    assert sizes[1] == 2 * sizes[0]
 
 
 def test_a_dry_run_counts_an_image_in_every_tar_that_shows_it(tmp_path: Path) -> None:
@@ -460,6 +523,16 @@ def test_info_on_a_begun_build_lists_what_is_pending(tmp_path: Path, tar: Path) 
 
     assert "0 of 1 planned (1 to build)" in result.stdout
     assert "pending   t" in result.stdout
+
+
+def test_a_plan_is_one_file_whatever_the_order_of_its_tars(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / f"{name}.tar", text_sample(name)) for name in "ab"]
+
+    for some in (tars, tars[::-1]):
+        command(tmp_path / "cache", some, FULL)
+
+    (file,) = (tmp_path / "cache" / "plans").iterdir()
+    assert read_plan(tmp_path / "cache", f"plans/{file.name}") == ("a", "b")
 
 
 def test_info_on_no_cache_is_one_line(tmp_path: Path) -> None:

@@ -563,3 +563,35 @@ def test_buffers_that_are_used_again_give_the_same_batches(cache: Cache) -> None
             for suffix, stored_ in parts.items():
                 np.testing.assert_array_equal(used.attention[layer][suffix], stored_)
         np.testing.assert_array_equal(used.top_ids, fresh.top_ids)
+
+
+def test_a_batch_of_which_nothing_is_in_memory_is_read_later_and_whole(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, expected = os.preadv, cache.read_batch(cache.keys())
+
+    def cold(descriptor: int, pieces: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            raise BlockingIOError
+        return preadv(descriptor, pieces, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", cold)
+
+    found = cache.read_batch(cache.keys())
+
+    for one, other in zip(found.input_ids, expected.input_ids, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for suffix, stored in expected.vision_tokens.items():
+        np.testing.assert_array_equal(found.vision_tokens[suffix], stored)
+    np.testing.assert_array_equal(found.top_ids, expected.top_ids)
+
+
+def test_sequences_stay_when_the_next_batch_is_read_into_the_same_memory(cache: Cache) -> None:
+    buffers, keys = BatchBuffers(), cache.keys()
+    first = cache.read_batch(keys, buffers=buffers)
+    before = [ids.copy() for ids in first.input_ids]
+
+    cache.read_batch(keys[::-1], buffers=buffers)
+
+    for ids, same in zip(first.input_ids, before, strict=True):
+        np.testing.assert_array_equal(ids, same)

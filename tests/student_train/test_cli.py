@@ -223,6 +223,15 @@ def test_steps_are_those_of_the_epochs_unless_limited(tars: list[Path]) -> None:
     assert steps(max_steps=100) == 3
 
 
+def test_the_rate_has_its_hand_values() -> None:
+    """1.5 steps of warm-up are two, as transformers counts; no step is without effect."""
+    from student_train.loop import warmup_cosine
+
+    share = warmup_cosine(0.3, 5)
+
+    assert [share(step) for step in range(6)] == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.25, 0])
+
+
 def test_the_shape_of_the_schedule() -> None:
     from student_train.loop import warmup_cosine
 

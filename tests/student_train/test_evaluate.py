@@ -266,3 +266,33 @@ def test_samples_that_the_headers_rule_out_are_counted_once(
     found = held_out(tar)
 
     assert [found.score(model, rank=rank, world=2).skipped for rank in (0, 1)] == [2, 0]
+
+
+def test_an_answer_counts_if_it_is_the_whole_true_one_spaces_around_it_aside(
+    model: MobileVLM, tmp_path: Path
+) -> None:
+    def tar_of(answer: str) -> Path:
+        note = annotation("<image>\nwhat color is the boat", answer)
+        return write_tar(tmp_path / "t.tar", sample("a", note, png(1)))
+
+    tar = tar_of("red")
+    ((said,),) = held_out(tar).answers(model, prepared(held_out(tar), tar))
+    first, *_, _last = said.split()
+
+    for truth, right in ((said, 1), (f" {said} ", 1), (f"{said} red", 0), (first, 0)):
+        assert held_out(tar_of(truth)).score(model).right == right, truth
+
+
+def test_held_out_samples_that_are_longer_than_training_allows_are_skipped(
+    model: MobileVLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = write_tar(tmp_path / "t.tar", sample("long"), text_sample("short"))
+    questions = HeldOutSet(
+        [tar], template="v1", max_tokens=144, tokenizer=load_tokenizer(STUDENT),
+        processor=ImageProcessor(CLIP, "pad"), limit=None, max_new_tokens=1,
+    )  # fmt: skip
+
+    scores = questions.score(model)
+
+    assert (scores.answers, scores.skipped) == (1, 1)
+    assert "skipped=long" in caplog.text

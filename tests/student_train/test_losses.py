@@ -339,3 +339,22 @@ def test_focused_vision_ignores_padded_rows() -> None:
     found = focused_vision(attention, torch.tensor([[True, False]]), 1)
 
     assert found.tolist() == [[3]]
+
+
+def test_cross_entropy_of_half_precision_logits_is_taken_in_float32() -> None:
+    student, labels = logits(0).bfloat16(), torch.arange(5)
+
+    found = cross_entropy(student, labels)
+
+    torch.testing.assert_close(found, cross_entropy(student.float(), labels), rtol=0, atol=0)
+
+
+def test_what_all_logits_share_costs_no_digits() -> None:
+    """Losses are of differences; rounded sums of large logits would be off by 1e-4."""
+    near, labels = logits(0).mul(2**10).round().div(2**10), torch.arange(5)
+    ids, top, _ = cached(logits(1), 23)
+
+    found = cross_entropy_and_topk_kl(near + 1024, labels, ids, top, None, "reverse")
+
+    expected = cross_entropy_and_topk_kl(near, labels, ids, top, None, "reverse")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

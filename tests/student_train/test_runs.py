@@ -468,6 +468,17 @@ def test_a_half_written_checkpoint_and_a_half_written_line_are_as_if_they_were_n
 
 
 @pytest.mark.usefixtures("_one_thread")
+def test_a_log_that_a_power_cut_filled_with_anything_is_cut_where_it_is_whole(
+    tmp_path: Path,
+) -> None:
+    whole = b'{"step": 1, "loss": 2.0}\n'
+    (tmp_path / "log.jsonl").write_bytes(whole + b"\xff\xfe\x00")
+
+    RunFolder(tmp_path).cut_log(1)
+
+    assert (tmp_path / "log.jsonl").read_bytes() == whole
+
+
 def test_a_run_killed_while_exporting_exports_again(
     undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
 ) -> None:

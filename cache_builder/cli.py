@@ -81,9 +81,9 @@ def build_cache(
     """
     configure_logging(verbose)
     from cache_builder.skips import SkipLimit
-    from shared.samples import expand_tars
     from shared.spec import CacheSpec
     from shared.stopping import AGAIN, Stopped, stop_on_sigterm
+    from shared.tar_names import expand_tars
 
     loaded_spec, tars, limit = CacheSpec.load(spec), expand_tars(data), SkipLimit.parse(max_skipped)
     if dry_run:

@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.record import ShardRecord, compare, record_names
+from shared.identity import compare
+from shared.record import ShardRecord, record_names
 
 _ADVICE = "Build into another folder, or use what this cache was built with."
 

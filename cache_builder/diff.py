@@ -8,7 +8,8 @@ from typing import Any
 
 from msgspec.structs import asdict
 
-from shared.record import ShardRecord, differences, no_cache, read_records
+from shared.identity import differences
+from shared.record import ShardRecord, no_cache, read_records
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def fidelity(
     )  # fmt: skip
     with announced(IMPORTING):
         from cache_builder.fidelity import measure_cache, measure_students
-    from shared.samples import expand_tars
+    from shared.tar_names import expand_tars
 
     tower = ("--vision-tower", student_vision_tower) if student_vision_tower else ()
     named = [text for student in students for text in ("--student", student)]

@@ -10,12 +10,14 @@ from cache_builder.gc import remove
 from cache_builder.tars import refuse_other_tars
 from cache_builder.verify import Report
 from shared.errors import CacheError, InputError
+from shared.identity import compare
 from shared.inside import list_inside
 from shared.plan import plan_files, read_plan
 from shared.progress import IMPORTING, announced
-from shared.record import DATA, RECORDS, ShardRecord, compare, record_names, shard_name, spec_of
-from shared.samples import expand_tars, index_tars
+from shared.record import DATA, RECORDS, ShardRecord, record_names, shard_name, spec_of
+from shared.samples import index_tars
 from shared.spec import CacheSpec
+from shared.tar_names import expand_tars
 
 if TYPE_CHECKING:
     from cache_builder.build import Builder

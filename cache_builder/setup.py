@@ -7,9 +7,9 @@ from cache_builder.teacher import Teacher
 from shared.cache import Cache
 from shared.checkpoint import ModelFolder
 from shared.errors import ConfigError
+from shared.identity import compare
 from shared.images import ImageProcessor
 from shared.mobilevlm import VLMConfig, keep_float32
-from shared.record import compare
 from shared.spec import CacheSpec
 from shared.strict import shown
 from shared.tokenizer import Tokenizer, check_vocabulary, load_tokenizer

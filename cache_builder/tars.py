@@ -9,9 +9,10 @@ from typing import Any
 from msgspec.structs import asdict
 
 from shared.errors import InputError
+from shared.identity import compare
 from shared.progress import progress
 from shared.readable import reading
-from shared.record import ShardRecord, TarFacts, compare
+from shared.record import ShardRecord, TarFacts
 from shared.samples import TarIndex, refuse_repeated_keys, tar_sha256
 
 _ADVICE = (

@@ -11,20 +11,14 @@ from cache_builder.gc import find_leftovers
 from cache_builder.values import wrong_digests, wrong_value
 from shared.cache import Cache, open_cache
 from shared.errors import CacheError, DamagedError, MismatchError
+from shared.identity import differences
 from shared.inside import Entry, list_inside, open_inside, walk_inside
 from shared.plan import PLANS, plan_files, read_plan
 from shared.probe import compare_image, read_probe
 from shared.progress import IMPORTING, announced, progress
 from shared.readable import reading, sha256_of
 from shared.reader import ShardReader
-from shared.record import (
-    DATA,
-    RECORDS,
-    ShardRecord,
-    differences,
-    no_cache,
-    record_names,
-)
+from shared.record import DATA, RECORDS, ShardRecord, no_cache, record_names
 from shared.strict import shown
 
 Advance = Callable[[int], object]

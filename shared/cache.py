@@ -28,11 +28,12 @@ from shared.batch_reads import BatchBuffers, BatchReads, Rows
 from shared.encodings import ENCODINGS, Array, decode
 from shared.errors import DamagedError
 from shared.expected import IMAGE_SHA256, expected_arrays
+from shared.identity import compare
 from shared.index import IndexCollector, SampleIndex
 from shared.progress import progress
 from shared.prompt import IMAGE_TOKEN
 from shared.reader import ShardReader
-from shared.record import ShardRecord, compare, iter_records, no_cache, spec_of
+from shared.record import ShardRecord, iter_records, no_cache, spec_of
 from shared.spec import CacheSpec
 
 Signal = Literal["attention", "vision_tokens", "logprobs"]

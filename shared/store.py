@@ -27,7 +27,8 @@ from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
 
 from shared.durable import make_folder, put, sync_folder
 from shared.errors import CacheError
-from shared.record import DATA, RECORDS, ShardRecord, StoredFile, compare
+from shared.identity import compare
+from shared.record import DATA, RECORDS, ShardRecord, StoredFile
 
 _CHUNK_BYTES, _SMALL_CHUNK_BYTES = 64 * 1024, 16 * 1024
 """Inner chunks before compression. Large ones hold a signal's codes: a 7B sample's attention (128

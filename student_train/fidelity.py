@@ -27,7 +27,7 @@ from shared.images import ImageProcessor
 from shared.memory import fitting
 from shared.mobilevlm import keep_float32, load_model
 from shared.progress import progress
-from shared.samples import expand_tars
+from shared.tar_names import expand_tars
 from shared.tokenizer import load_tokenizer
 from student_train.batch import TrainingBatch
 from student_train.config import Recipe, load_recipe

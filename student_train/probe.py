@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.cache import Cache
+from shared.identity import compare
 from shared.images import ImageProcessor
 from shared.probe import Differences, ProbeInput, compare_pixels, compare_text, read_probe
-from shared.record import compare
 from shared.samples import spread
 from shared.tokenizer import Tokenizer
 from student_train.config import Recipe

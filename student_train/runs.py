@@ -28,9 +28,10 @@ from safetensors.torch import load_file, save
 from shared.checkpoint import copy_settings, write_weights
 from shared.durable import make_folder, put_file, sync_folder, sync_tree
 from shared.errors import TrainingError
+from shared.identity import differences
 from shared.mobilevlm import MobileVLM
 from shared.readable import is_file, reading
-from shared.record import Skipped, differences
+from shared.record import Skipped
 from student_train.config import MAY_CHANGE
 from student_train.student import Adapters
 

@@ -15,13 +15,13 @@ from accelerate.utils import gather_object
 from shared.cache import Cache, open_cache
 from shared.checkpoint import ModelFolder, weights_digest
 from shared.errors import ConfigError, MismatchError
+from shared.identity import compare
 from shared.images import ImageProcessor
 from shared.mobilevlm import NUM_VISION, MobileVLM, load_model
 from shared.progress import announced
-from shared.record import compare
-from shared.samples import expand_tars
 from shared.spec import canonical_digest
 from shared.stopping import StopRequest
+from shared.tar_names import expand_tars
 from shared.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_identity
 from student_train.config import Recipe
 from student_train.evaluate import HeldOutSet

@@ -505,7 +505,7 @@ CASES: dict[str, Callable[[Forge], None]] = {
     "record: 100,000 lists in one another": lambda f: f.write_record(deep(100_000)),
     "record: 900 lists in one another": lambda f: f.write_record(deep(900)),
     "record: an identity of 500 levels": lambda f: f.edit(
-        lambda v: v["identity"].update(more=json.loads("[" * 500 + "]" * 500))
+        lambda v: v["identity"]["teacher"].update(more=json.loads("[" * 500 + "]" * 500))
     ),
     "record: a number of 5000 digits": lambda f: f.write_record(b'"a":' + b"9" * 5000 + b"}"),
     "record: a number of 400 digits in the identity": lambda f: f.edit(

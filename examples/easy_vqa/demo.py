@@ -29,8 +29,9 @@ from shared.checkpoint import ModelFolder
 from shared.console import bytes_text
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import GRID, MobileVLM, load_model
-from shared.samples import Sample, expand_tars, index_tar, read_sample
+from shared.samples import Sample, index_tar, read_sample
 from shared.sequence import pad_sequences
+from shared.tar_names import expand_tars
 from shared.tokenizer import load_tokenizer
 from student_train.evaluate import HeldOutSample, HeldOutSet
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.cache import open_cache
-from shared.samples import expand_tars
+from shared.tar_names import expand_tars
 from tests.support import (
     ALIGN_ONLY,
     build,

@@ -10,8 +10,8 @@ import zarr
 from cache_builder.cli import cache_tools
 from cache_builder.recompute import error_bound
 from shared.cache import open_cache
+from shared.identity import differences
 from shared.reader import ShardReader
-from shared.record import differences
 from tests.golden import GOLDEN, SHARD, SPECS, TAR, decoded, expected, make_tar
 from tests.shared.plain_reader import read_sample
 from tests.support import CLIP, TEACHER, build, error_line, invoke, record

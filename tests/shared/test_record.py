@@ -14,16 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import CacheError, DamagedError, InputError, MismatchError
+from shared.identity import compare, differences
 from shared.plan import plan_file, plan_files, read_plan
-from shared.record import (
-    ShardRecord,
-    Skipped,
-    compare,
-    differences,
-    read_records,
-    shard_name,
-    sizes_by_array,
-)
+from shared.record import ShardRecord, Skipped, read_records, shard_name, sizes_by_array
 from shared.sealed import MAX_BYTES, seal
 from tests.support import record
 

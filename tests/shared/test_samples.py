@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InputError, UnusableSample
-from shared.samples import expand_tars, index_tar, read_sample, tar_sha256
+from shared.samples import index_tar, read_sample, tar_sha256
+from shared.tar_names import expand_tars
 from tests.support import annotation, png, sample, text_sample, write_tar
 
 

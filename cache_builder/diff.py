@@ -1,8 +1,9 @@
 """What differs between two caches, from their records alone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from shared.identity import differences
 from shared.record import ShardRecord, no_cache, read_records
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplePlace:
     """What a record says of one sample."""
 
@@ -23,11 +24,18 @@ class SamplePlace:
     image: int | None
     "Row on the `image` axis, -1 for text only; None as `row`."
 
+    @classmethod
+    def of(cls, length: int, row: int | None, image: int | None) -> "SamplePlace":
+        """From values in order."""
+        return cls(length=length, row=row, image=image)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardDiff:
     """How one shard differs."""
 
+    identity: dict[str, tuple[Any, Any]]
+    "As the caches', but for what differs so in all shards."
     tar: dict[str, tuple[Any, Any]]
     "Name, size or sha256 of the input tar -> value in A, value in B."
     keys_only_in_a: tuple[str, ...]
@@ -52,7 +60,7 @@ class CacheDiff:
     """How two caches differ; all empty if they hold the same."""
 
     identity: dict[str, tuple[Any, Any]]
-    "Dotted path -> value in A, value in B, of the first shard where they differ."
+    "Dotted path -> value in A, value in B, in all shards that are in both."
     shards_only_in_a: tuple[str, ...]
     "Names."
     shards_only_in_b: tuple[str, ...]
@@ -74,10 +82,12 @@ def diff_caches(a: Path, b: Path) -> CacheDiff:
         DamagedError: a record is damaged.
     """
     ours, theirs = _read(a), _read(b)
-    both = [name for name in ours if name in theirs]
-    shards = {name: _diff_shard(ours[name], theirs[name]) for name in both}
+    both = [(ours[name], theirs[name]) for name in ours if name in theirs]
+    first = [(next(iter(ours.values())), next(iter(theirs.values())))]
+    common = _common([_pairs(one.identity, other.identity) for one, other in both or first])
+    shards = {one.name: _diff_shard(one, other, common) for one, other in both}
     return CacheDiff(
-        identity=_identity_pairs(ours, theirs),
+        identity=common,
         shards_only_in_a=tuple(name for name in ours if name not in theirs),
         shards_only_in_b=tuple(name for name in theirs if name not in ours),
         shards={name: found for name, found in shards.items() if found},
@@ -102,48 +112,59 @@ def _read(root: Path) -> dict[str, ShardRecord]:
     return records
 
 
-def _identity_pairs(
-    ours: Mapping[str, ShardRecord], theirs: Mapping[str, ShardRecord]
-) -> dict[str, tuple[Any, Any]]:
-    """Of every shard that is in both: shards of one folder may be of different builds."""
-    both = [(ours[name], theirs[name]) for name in ours if name in theirs]
-    pairs: dict[str, tuple[Any, Any]] = {}
-    for one, other in both or [(_first(ours), _first(theirs))]:
-        pairs = _pairs(one.identity, other.identity) | pairs
-    return pairs
+def _common(each: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, tuple[Any, Any]]:
+    """What stands in all of them: shards of one folder may be of different builds."""
+    first, *others = each
+    return {
+        path: pair
+        for path, pair in first.items()
+        if all(path in other and other[path] == pair for other in others)
+    }
 
 
-def _first(records: Mapping[str, ShardRecord]) -> ShardRecord:
-    return next(iter(records.values()))
-
-
-def _diff_shard(ours: ShardRecord, theirs: ShardRecord) -> ShardDiff:
+def _diff_shard(
+    ours: ShardRecord, theirs: ShardRecord, common: Mapping[str, tuple[Any, Any]]
+) -> ShardDiff:
     a, b = set(ours.keys), set(theirs.keys)
-    places = [_places(record, with_rows=a == b) for record in (ours, theirs)]
-    pairs = [(key, (places[0][key], places[1][key])) for key in ours.keys if key in b]
     skips = [{s.key: s.reason for s in record.skipped} for record in (ours, theirs)]
     probes = [
         {s.key: s.pixels_sha256 or "text only" for s in record.probe} for record in (ours, theirs)
     ]
+    identity = _pairs(ours.identity, theirs.identity)
     return ShardDiff(
+        identity={path: pair for path, pair in identity.items() if path not in common},
         tar=_pairs(asdict(ours.tar), asdict(theirs.tar)),
         keys_only_in_a=tuple(key for key in ours.keys if key not in b),
         keys_only_in_b=tuple(key for key in theirs.keys if key not in a),
-        samples={key: places for key, places in pairs if places[0] != places[1]},
+        samples=_diff_samples(ours, theirs),
         skipped=_pairs(*skips),
         probe=_pairs(*probes),
         arrays=_pairs(array_digests(ours), array_digests(theirs)),
     )
 
 
-def _places(record: ShardRecord, *, with_rows: bool) -> dict[str, SamplePlace]:
-    samples = enumerate(zip(record.keys, record.lengths, record.images, strict=True))
+def _diff_samples(
+    ours: ShardRecord, theirs: ShardRecord
+) -> dict[str, tuple[SamplePlace, SamplePlace]]:
+    if (ours.keys, ours.lengths, ours.images) == (theirs.keys, theirs.lengths, theirs.images):
+        return {}
+    # Where one sample is missing all behind it have another row.
+    with_rows = set(ours.keys) == set(theirs.keys)
+    one, other = _places(ours, with_rows=with_rows), _places(theirs, with_rows=with_rows)
     return {
-        key: SamplePlace(
-            length=length, row=row if with_rows else None, image=image if with_rows else None
-        )
-        for row, (key, length, image) in samples
+        key: (SamplePlace.of(*place), SamplePlace.of(*other[key]))
+        for key, place in one.items()
+        if key in other and place != other[key]
     }
+
+
+def _places(
+    record: ShardRecord, *, with_rows: bool
+) -> dict[str, tuple[int, int | None, int | None]]:
+    """Key -> length, row, image: plain tuples, of which a shard may have 100,000."""
+    rows = range(len(record.keys)) if with_rows else repeat(None)
+    images = record.images if with_rows else repeat(None)
+    return dict(zip(record.keys, zip(record.lengths, rows, images, strict=False), strict=True))
 
 
 def _pairs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

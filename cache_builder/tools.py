@@ -7,9 +7,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -63,8 +63,8 @@ def verify(
 ) -> None:  # fmt: skip
     """Compare every byte of CACHE with its records.
 
-    Names all that is missing or changed, links, and what lies in a shard's folder in excess, and
-    ends with 1 if there is any.
+    Names all that is missing or changed, what lies in a shard's folder in excess, and links in the
+    cache's own folders; ends with 1 if there is any.
     """
     only_with("--teacher", teacher is not None, vision_tower=vision_tower, device=device)
     from cache_builder.verify import verify_cache, verify_targets
@@ -159,7 +159,7 @@ def _refuse_what_is_left(cache: Path, report: "Report") -> None:
     parts = []
     if report.unreadable:
         parts.append(f"{_unreadable(report)}, and are left as they are: {_MEND}")
-    if left := [problem for problem in report.problems if problem.kind == "cache"]:
+    if left := [problem for problem in report.problems if problem.kind in ("cache", "stray")]:
         parts.append(_beyond_repair(left))
     if parts:
         raise CacheError(f"{cache}: {'; '.join(parts)}")
@@ -219,11 +219,13 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     Compares records, not data: identity, shards, samples, what was skipped, digests of arrays. Ends
     with 1 if anything differs.
     """
+    import msgspec
+
     from cache_builder.diff import diff_caches
 
     found = diff_caches(a, b)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=1))
+        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=1).decode())
     else:
         click.echo(printable_lines(_diff_lines(found)))
     if found:
@@ -250,7 +252,7 @@ def _report_lines(cache: Path, report: "Report") -> Iterator[str]:
 def _verdict(cache: Path, report: "Report") -> str:
     bad = report.bad_shards
     plans = [problem.place for problem in report.problems if problem.kind == "plan"]
-    others = [problem for problem in report.problems if problem.kind == "cache"]
+    others = [problem for problem in report.problems if problem.kind in ("cache", "stray")]
     off = sorted({problem.place for problem in report.problems if problem.kind == "targets"})
     parts = []
     if bad:
@@ -283,8 +285,7 @@ def _leftover_lines(verb: str, leftovers: "Sequence[Leftover]") -> Iterator[str]
 
 
 def _diff_lines(found: "CacheDiff") -> Iterator[str]:
-    for path, (ours, theirs) in found.identity.items():
-        yield f"identity  {path}: {json.dumps(ours)} in A, {json.dumps(theirs)} in B"
+    yield from _identity_lines(found.identity)
     for side, names in (("A", found.shards_only_in_a), ("B", found.shards_only_in_b)):
         yield from (f"shard     {name}: only in {side}" for name in names)
     for name, shard in found.shards.items():
@@ -292,7 +293,13 @@ def _diff_lines(found: "CacheDiff") -> Iterator[str]:
     yield f"{found.equal} shards are equal, {len(found.shards)} differ"
 
 
+def _identity_lines(pairs: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    for path, (ours, theirs) in pairs.items():
+        yield f"identity  {path}: {json.dumps(ours)} in A, {json.dumps(theirs)} in B"
+
+
 def _shard_lines(shard: "ShardDiff") -> Iterator[str]:
+    yield from _identity_lines(shard.identity)
     for field, (ours, theirs) in shard.tar.items():
         yield f"tar {field}: {ours} in A, {theirs} in B"
     for side, keys in (("A", shard.keys_only_in_a), ("B", shard.keys_only_in_b)):

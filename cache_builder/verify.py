@@ -16,7 +16,7 @@ from shared.inside import Entry, list_inside, open_inside, walk_inside
 from shared.plan import PLANS, plan_files, read_plan
 from shared.probe import compare_image, read_probe
 from shared.progress import IMPORTING, announced, progress
-from shared.readable import reading, sha256_of
+from shared.readable import sha256_of
 from shared.reader import ShardReader
 from shared.record import DATA, RECORDS, ShardRecord, no_cache, record_names
 from shared.strict import shown
@@ -28,17 +28,18 @@ Advance = Callable[[int], object]
 class Problem:
     """One thing that is wrong."""
 
-    kind: Literal["shard", "plan", "cache", "targets", "unreadable"]
+    kind: Literal["shard", "plan", "cache", "stray", "targets", "unreadable"]
     """What it spoils:
 
     - shard: a shard, which can be rebuilt
     - plan: a plan, which nothing needs
-    - cache: the whole, whose shards do not belong together
+    - cache: the whole, whose shards do not belong together or lie elsewhere
+    - stray: nothing that is read, but a cache holds no such thing
     - targets: a shard that is as it was written, but does not hold what the teacher gives
     - unreadable: nothing for all that is known; the system does not let a shard or plan be read
     """
     place: str
-    "The shard's name, or the plan's file."
+    "The shard's name, or the plan's file; empty if it is neither."
     file: str
     "The file, relative to the shard's data folder or to the cache; empty if it is none in itself."
     what: str
@@ -128,8 +129,9 @@ def verify_cache(root: Path, *, workers: int, decode: bool) -> Report:
         raise no_cache(root, "records or plans")
     problems += bad_plans
     problems += _misfits(records)
-    problems += _links(root, records)
-    problems += _check_files(root, records.values(), workers)
+    problems += (odd := [*_links(root, records)])
+    if not any(problem.file == DATA for problem in odd):
+        problems += _check_files(root, records.values(), workers)
     samples = 0
     unchecked: tuple[str, ...] = ()
     if decode and not _opens(records, problems):
@@ -192,20 +194,24 @@ def _misfits(records: Mapping[str, ShardRecord]) -> Iterator[Problem]:
 
 
 def _links(root: Path, records: Mapping[str, ShardRecord]) -> Iterator[Problem]:
-    """Links and special files beside what is read, which is looked at for itself."""
+    """Links and special files in the cache's own folders, beside what is looked at for itself."""
     read = {f"{RECORDS}/{name}.json" for name in record_names(root)}
-    read |= {DATA, *plan_files(root), *(record.data for record in records.values())}
+    read |= {*plan_files(root), *(record.data for record in records.values())}
     for folder in ("", RECORDS, PLANS, DATA):
         try:
-            with reading(root, CacheError):
-                entries = list_inside(root, folder)
-        except DamagedError:  # `data` is a link: that is said of each shard
+            entries = list_inside(root, folder)
+        except (DamagedError, OSError):  # `data`: a link, which was found before, or unreadable
             continue
         for entry in entries:
             path = f"{folder}/{entry.name}".lstrip("/")
-            if entry.kind in ("link", "special file") and path not in read:
-                what = f"is a {entry.kind}; a cache is made of folders and files alone"
+            if entry.kind not in ("link", "special file") or path in read:
+                continue
+            what = f"is a {entry.kind}; a cache is made of folders and files alone: "
+            if path == DATA:
+                what += "copy the cache with cp -rL"
                 yield Problem(kind="cache", place="", file=path, what=what)
+            else:
+                yield Problem(kind="stray", place="", file=path, what=f"{what}delete it")
 
 
 def _check_files(root: Path, records: Collection[ShardRecord], workers: int) -> Iterator[Problem]:
@@ -275,7 +281,11 @@ def _opens(records: Mapping[str, ShardRecord], problems: Sequence[Problem]) -> b
 
 def _bad_places(problems: Sequence[Problem]) -> set[str]:
     """Shards that anything is wrong with."""
-    return {problem.place for problem in problems if not problem.place.startswith(f"{PLANS}/")}
+    return {
+        problem.place
+        for problem in problems
+        if problem.kind != "stray" and not problem.place.startswith(f"{PLANS}/")
+    }
 
 
 def _check_values(

@@ -52,5 +52,5 @@ def differences(
         ours, theirs = one.get(key), other.get(key)
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             yield from differences(ours, theirs, f"{prefix}{key}.")
-        elif ours != theirs:
+        elif ours != theirs or (key in one) != (key in other):
             yield f"{prefix}{key}", ours, theirs

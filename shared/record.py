@@ -46,6 +46,7 @@ FORMAT = 1
 "Version of the layout on disk; written in every record, never guessed."
 RECORDS, DATA = "records", "data"
 "Folders of a cache."
+_SPEC = {field.name for field in fields(CacheSpec)}
 _HEX = re.compile("[0-9a-f]{8}")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 "What a shard may be called."
@@ -132,6 +133,9 @@ class ShardRecord(_Part, frozen=True, kw_only=True):
         if self.tar.name.removesuffix(".tar") != self.name:
             raise ValueError(f"tar is {shown(self.tar.name)}, expected {self.name}.tar")
         check_identity(self.identity)
+        # A person may leave some of a spec out; a record says all.
+        if missing := _SPEC - self.identity["spec"].keys():
+            raise ValueError(f"identity: spec has no {', '.join(sorted(missing))}")
         check_samples(self.keys, self.lengths, self.images)
         check_skipped([(sample.key, sample.reason) for sample in self.skipped])
         distinct = len({sample.key for sample in self.probe})
@@ -299,12 +303,8 @@ def spec_of(record: ShardRecord) -> CacheSpec:
     Raises:
         DamagedError: it is not a spec that this version knows.
     """
-    values = record.identity["spec"]
-    # Of a spec that a person writes some may be left out; a record says all of them.
-    if missing := [field.name for field in fields(CacheSpec) if field.name not in values]:
-        raise DamagedError(f"shard {record.name}: unreadable spec (no {', '.join(missing)})")
     try:
-        return parse(CacheSpec, values, where=f"shard {record.name}: spec")
+        return parse(CacheSpec, record.identity["spec"], where=f"shard {record.name}: spec")
     except ConfigError as error:
         raise DamagedError(f"shard {record.name}: unreadable spec ({error})") from error
 

@@ -2,7 +2,8 @@
 
 OUT/run.json                      recipe and identities; compared when the run is resumed. And what
                                   code made it, and of which adapters it began: not compared
-OUT/skipped.jsonl                 samples that cannot be used, with their reason; absent if all can
+OUT/skipped.jsonl                 samples that cannot be used, with their reason, as far as is known
+                                  before the first step; absent if there are none
 OUT/log.jsonl, OUT/tensorboard/   what happened, step by step
 OUT/checkpoints/step-00000500/    everything that a resumed run needs (this run's own, not to be
                                   shared: accelerate stores random states as pickle), with a copy
@@ -38,7 +39,7 @@ from student_train.student import Adapters
 log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
-"Name of the list of what a run is without."
+"Name of the list of samples that cannot be used."
 _RECORDED = ("code", "adapters")
 """Settings that are not compared on resuming: code may be updated, and which adapters a run began
 with is part of `student_weights`."""
@@ -142,7 +143,7 @@ class RunFolder:
         put_file(self._settings, json.dumps(settings, indent=1).encode(), TrainingError)
 
     def write_skipped(self, skipped: Sequence[Skipped]) -> None:
-        """The samples that the run is without, a line each; logs name the first of them only."""
+        """A line for each: logs name the first of them only."""
         if skipped:
             lines = [json.dumps({"key": one.key, "reason": one.reason}) for one in skipped]
             content = "".join(f"{line}\n" for line in lines)
@@ -248,9 +249,10 @@ def export_student(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / "distillation.json").write_text(json.dumps(lineage, indent=1) + "\n")
         sync_tree(partial)  # an export says that a run is finished
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
-    sync_folder(folder.parent)
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+        sync_folder(folder.parent)
 
 
 def file_sha256(path: Path) -> str:
@@ -294,6 +296,6 @@ def _is_kept(line: str, step: int) -> bool:
     try:
         values = json.loads(line)
         done = float(values["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False  # a line that was cut short
     return done < step or (done == step and "eval_loss" not in values)

@@ -186,12 +186,15 @@ def test_a_linked_data_folder_is_found_and_not_read(root: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["records", "data", "plans"])
 def test_a_linked_folder_of_the_cache_is_not_followed_but_named(root: Path, folder: str) -> None:
+    before = set((root / "records").iterdir())
     replace_by_link(root / folder)
 
     if folder == "data":
-        whats = [problem["what"] for problem in problems(root)]
-        assert whats
-        assert all("data: is a symbolic link" in what for what in whats)
+        (found,) = problems(root, "--decode")
+        assert (found["kind"], found["file"]) == ("cache", "data")
+        assert "cp -rL" in found["what"]
+        assert run("repair", root)[0] == 1
+        assert set((root / "records").iterdir()) == before
     else:
         assert f"{folder}: is a symbolic link" in error_line(
             invoke(cache_tools, "verify", str(root))
@@ -273,10 +276,27 @@ def test_links_and_pipes_beside_what_is_read_are_found_and_left(
 
     (found,) = problems(root)
 
-    assert (found["kind"], found["file"]) == ("cache", str(Path(folder) / "odd"))
+    assert (found["kind"], found["file"]) == ("stray", str(Path(folder) / "odd"))
     assert "a cache is made of folders and files alone" in found["what"]
     assert run("repair", root)[0] == 1
     assert snapshot(root) == before
+
+
+def test_beside_a_link_samples_are_still_looked_at(root: Path) -> None:
+    (root / "README").symlink_to("/etc/hostname")
+    edit_record(root, BAD, lambda values: values["lengths"].__setitem__(0, 1))
+
+    kinds = {problem["kind"] for problem in problems(root, "--decode")}
+
+    assert kinds == {"shard", "stray"}
+    assert "1 shards taken out" in run("repair", root, "--decode")[1]
+
+
+def test_null_and_nothing_in_an_identity_differ(root: Path, cache_path: Path) -> None:
+    edit_record(root, BAD, lambda values: values["identity"]["teacher"].update(extra=None))
+
+    assert [problem["kind"] for problem in problems(root)] == ["cache"]
+    assert run("diff", root, cache_path)[0] == 1
 
 
 def test_what_is_no_plan_by_its_name_is_passed_over(root: Path) -> None:
@@ -821,7 +841,12 @@ def test_shards_differ_in_tar_samples_and_skips(root: Path, cache_path: Path) ->
 def test_an_identity_that_differs_in_a_later_shard_differs(root: Path, cache_path: Path) -> None:
     edit_record(root, BAD, lambda values: values["identity"]["numerics"].update(dtype="float64"))
 
-    assert diff(cache_path, root)["identity"] == {"numerics.dtype": ["float32", "float64"]}
+    found = diff(cache_path, root)
+
+    assert (found["identity"], found["equal"]) == ({}, 1)
+    assert found["shards"][BAD]["identity"] == {"numerics.dtype": ["float32", "float64"]}
+    text = run("diff", cache_path, root)[1]
+    assert f'{BAD}: identity  numerics.dtype: "float32" in A, "float64" in B' in text
 
 
 def test_samples_that_lie_elsewhere_or_have_another_length_differ(

@@ -115,8 +115,9 @@ def test_the_schema_of_records_has_the_fields_and_the_bounds_of_the_code() -> No
     layers = forms["attention"]["properties"]["layers"]
     assert layers["items"]["maximum"] == bounds.MAX_LAYERS - 1
     assert str(sealed.MAX_BYTES) in found["description"]
-    for section in bounds.IDENTITY:
-        assert section in properties["identity"]["required"]
+    identity = properties["identity"]
+    assert set(identity["required"]) == set(identity["properties"]) == set(bounds.IDENTITY)
+    assert identity["additionalProperties"] is False
 
 
 def test_a_real_record_and_plan_have_the_form_of_their_schemas(cache_path: Path) -> None:

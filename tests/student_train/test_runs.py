@@ -5,6 +5,7 @@ had happened.
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -350,6 +351,26 @@ def test_an_export_replaces_an_older_one_as_a_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "export.partial").exists()
 
 
+def test_an_export_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, synced = os.fsync, []
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    model = load_model(ModelFolder(str(STUDENT)), str(CLIP))
+
+    export_student(model, STUDENT, tmp_path / "export", form="bin", lineage={})
+
+    made = {path for path in (tmp_path / "export").rglob("*") if path.is_file()}
+    partial = str(tmp_path / "export.partial")
+    assert {f"{partial}/{path.relative_to(tmp_path / 'export')}" for path in made} <= {*synced}
+    assert synced[-2:] == [partial, str(tmp_path)]
+
+
 # -- killed and resumed --------------------------------------------------------------------------
 
 
@@ -467,18 +488,19 @@ def test_a_half_written_checkpoint_and_a_half_written_line_are_as_if_they_were_n
     assert not any((out / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.usefixtures("_one_thread")
 def test_a_log_that_a_power_cut_filled_with_anything_is_cut_where_it_is_whole(
     tmp_path: Path,
 ) -> None:
     whole = b'{"step": 1, "loss": 2.0}\n'
-    (tmp_path / "log.jsonl").write_bytes(whole + b"\xff\xfe\x00")
+    rest = (b"\xff\xfe\x00", b'{"step": 1' + b"0" * 400 + b"}", b"[" * 10**5, b'{"step": 1')
+    (tmp_path / "log.jsonl").write_bytes(whole + b"\n".join(rest))
 
     RunFolder(tmp_path).cut_log(1)
 
     assert (tmp_path / "log.jsonl").read_bytes() == whole
 
 
+@pytest.mark.usefixtures("_one_thread")
 def test_a_run_killed_while_exporting_exports_again(
     undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
 ) -> None:

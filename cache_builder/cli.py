@@ -64,8 +64,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--dry-run", is_flag=True,
-    help="Estimate the bytes, before compression, of the shards that --out still lacks, from 2,000 "
-    "samples; no time. Nothing is written, no weights are read.",
+    help="Estimate the bytes, before compression, of the shards that --out still lacks, from some "
+    "2,000 samples, but says nothing about time. Nothing is written, no weights are read.",
 )  # fmt: skip
 @AS_JSON
 @click.option("-v", "--verbose", is_flag=True, help="Log a line per shard to stderr.")

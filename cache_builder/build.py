@@ -227,6 +227,7 @@ class _Run:
             return False
         self.taken += 1
         self.bar.update(index.num_samples)
+        self.budget.spend(self.committed.records[index.name].skipped)
         return True
 
     def _compute(self, tar: PreparedTar) -> ShardFeatures:

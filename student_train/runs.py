@@ -167,13 +167,18 @@ class RunFolder:
         (partial / "lineage.json").write_text(json.dumps(self._written, indent=1) + "\n")
         sync_tree(partial)
         partial.replace(self.checkpoint_path(step))
-        sync_folder(partial.parent)  # before older ones are deleted
+        for folder in (partial.parent, self.path):  # before older ones are deleted
+            sync_folder(folder)
 
     def drop_checkpoints(self, keep: int) -> None:
         """Delete all but the newest, and halves."""
-        halves = (self.path / "checkpoints").glob("*.partial")
-        for old in (*self.checkpoints()[:-keep], *halves):
-            shutil.rmtree(old)
+        for old in self.checkpoints()[:-keep]:
+            old.replace(old.with_suffix(".partial"))  # what is deleted in part is no checkpoint
+        for half in (self.path / "checkpoints").glob("*.partial"):
+            try:
+                shutil.rmtree(half)
+            except OSError as error:
+                log.warning("%s: cannot be deleted (%s)", half, error.strerror)
 
     def cut_log(self, step: int) -> None:
         """Drop what a run resumed at `step` does again: later steps, evaluations from it on."""

@@ -277,3 +277,17 @@ def test_rows_of_an_owner_that_is_not_kept_are_left_out() -> None:
 
     np.testing.assert_array_equal(arrays.take({"query": {"a"}})["x"].values[:, 0], [1, 2])
     assert arrays.take({"query": set()}) == {}
+
+
+def test_shards_that_another_build_committed_meanwhile_count_as_present(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / f"t-{n}.tar", sample(f"a{n}")) for n in range(3)]
+    out, one = tmp_path / "cache", builder(ALIGN_ONLY)
+
+    def other(*_: object) -> None:
+        if not out.joinpath("records").exists():
+            assert build(out, tars[1:], ALIGN_ONLY).built == 2
+
+    one.teacher._model.tower.register_forward_pre_hook(other)
+    report = build_cache(one, tars, out)
+
+    assert (report.built, report.present, report.samples, report.left) == (1, 2, 1, 0)

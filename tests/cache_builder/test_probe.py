@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from cache_builder.cli import cache_tools
+from cache_builder.recompute import NOISE
 from shared.bounds import MAX_PROBE_IMAGE
 from shared.errors import DamagedError, MismatchError
 from shared.images import ImageProcessor, decode_image, pixels_digest
@@ -229,3 +231,34 @@ def test_a_record_of_a_draft_without_probe_is_a_mismatch_and_no_damage(
 
     with pytest.raises(MismatchError, match="without `probe` there, one with it here"):
         record(made.root, SHARD)
+
+
+_WHATS = {
+    "attention_0": "attention weights of layer 0 are",
+    "vision_tokens": "vision tokens are",
+    "top_logprobs": "log-probabilities are",
+    "rest_logprobs": "rests of the log-probabilities are",
+}
+"Array -> what verify says of it."
+
+
+@pytest.fixture(scope="module")
+def exact(tar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exact") / "cache"
+    build(out, tar, {**FULL, "logprobs": {"top_k": 8, "encoding": "float32"}})
+    return out
+
+
+@pytest.mark.parametrize(("times", "is_found"), [(0.5, False), (4.0, True), (float("nan"), True)])
+@pytest.mark.parametrize("array", _WHATS)
+def test_values_further_off_than_arithmetic_makes_them_are_found(
+    exact: Path, tmp_path: Path, array: str, times: float, is_found: bool
+) -> None:
+    made = forged(exact, tmp_path)
+    values = zarr.open_group(str(made.data), mode="r")[array][...]
+    made.write_array(array, (values * (1 + times * NOISE["float32"])).astype(values.dtype))
+
+    result = verify(made.root)
+
+    assert (f": {_WHATS[array]}" in result.stdout) == is_found, result.stdout
+    assert SHARD in result.output or not is_found

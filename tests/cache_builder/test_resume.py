@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache_builder.committed import Committed
 from cache_builder.summary import summarise
 from shared.cache import open_cache
-from shared.errors import CacheError
+from shared.errors import CacheError, MismatchError
 from tests.support import (
     ALIGN_ONLY,
     FULL,
     build,
+    builder,
     command,
     error_line,
     png,
@@ -209,3 +211,17 @@ def test_caches_of_one_build_merge_by_copying(out: Path, tmp_path: Path) -> None
 
     assert open_cache(out).keys() == ["image-0", "text-0", "image-1", "text-1", "image-9"]
     assert torch.from_numpy(open_cache(out).read("image-9").attention[0]).isfinite().all()
+
+
+def test_a_shard_of_something_else_that_comes_while_a_build_runs_is_refused(
+    tmp_path: Path,
+) -> None:
+    tars = [write_tar(tmp_path / f"t-{n}.tar", sample(f"a{n}")) for n in range(2)]
+    out = tmp_path / "cache"
+    build(out, tars[0], ALIGN_ONLY)
+    seen = Committed(out, builder(ALIGN_ONLY).identity)
+    build(tmp_path / "other", tars[1], ALIGN_ONLY, dtype="bfloat16")
+    shutil.copy(tmp_path / "other" / "records" / "t-1.json", out / "records")
+
+    with pytest.raises(MismatchError, match=r"shard t-1.*numerics\.dtype"):
+        seen.refresh()

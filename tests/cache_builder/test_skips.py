@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from cache_builder.build import build_cache
 from cache_builder.skips import SkipBudget, SkipLimit, frequent_reasons
-from shared.errors import ConfigError
+from shared.errors import ConfigError, InputError
 from shared.record import Skipped
 from tests.support import (
     ALIGN_ONLY,
     TEACHER,
     annotation,
+    build,
+    builder,
     command,
     error_line,
     record,
@@ -146,3 +149,26 @@ def test_a_budget_counts_each_shard_once() -> None:
     budget.spend([Skipped(key="c", reason="b")])
 
     assert [sample.key for sample in budget.skipped] == ["a", "c"]
+
+
+def test_what_the_headers_of_a_built_tar_tell_is_counted_once(tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "t.tar", text_sample("good"), [("lost.png", b"x")])
+    out = tmp_path / "cache"
+    assert command(out, data, ALIGN_ONLY, TEACHER, LIMIT, "1").exit_code == 0
+
+    assert command(out, data, ALIGN_ONLY, TEACHER, LIMIT, "1").exit_code == 0
+
+
+def test_what_another_build_skipped_meanwhile_counts(tmp_path: Path) -> None:
+    first = write_tar(tmp_path / "a.tar", sample("good"), sample("bad", image=b""))
+    data = [first, *(tar(tmp_path, f"t-{n}", good=1, bad=1) for n in range(2))]
+    out, one = tmp_path / "cache", builder(ALIGN_ONLY)
+
+    def other(*_: object) -> None:
+        if not committed(out):
+            assert build(out, data[1:], ALIGN_ONLY).skipped == 2
+
+    one.teacher._model.tower.register_forward_pre_hook(other)
+
+    with pytest.raises(InputError, match="3 of 6 samples cannot be used so far"):
+        build_cache(one, data, out, max_skipped=SkipLimit.parse("2"))

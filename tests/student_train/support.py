@@ -1,5 +1,6 @@
 """A training set, recipes and runs for these tests, made by the code that users run."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -237,3 +238,13 @@ def batches_of(
     """Micro-batches of the given samples, in order."""
     for start in range(0, len(numbers), micro_batch):
         yield changed[list(numbers[start : start + micro_batch])]
+
+
+def tensors_of(value: Any, where: str = "batch") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a batch and the path to each."""
+    if isinstance(value, torch.Tensor):
+        yield where, value
+    elif dataclasses.is_dataclass(value) or isinstance(value, Mapping):
+        parts = value if isinstance(value, Mapping) else vars(value)
+        for name, part in parts.items():
+            yield from tensors_of(part, f"{where}.{name}")

@@ -5,7 +5,6 @@ batches every sample has its turn.
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tests.student_train.support import (
     recipe,
     relative,
     run_process,
+    tensors_of,
     training_set,
 )
 
@@ -249,16 +249,6 @@ def test_spawned_workers_make_the_batches_of_one_process(
             assert torch.equal(mine, theirs), where
 
 
-def tensors_of(value: Any, where: str = "batch") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a batch and the path to each."""
-    if isinstance(value, torch.Tensor):
-        yield where, value
-    elif dataclasses.is_dataclass(value) or isinstance(value, Mapping):
-        parts = value if isinstance(value, Mapping) else vars(value)
-        for name, part in parts.items():
-            yield from tensors_of(part, f"{where}.{name}")
-
-
 def numbered(samples: TrainingSet, **changes: Any) -> TrainingSet:
     """The same samples under another recipe."""
     return dataclasses.replace(samples, recipe=recipe(**changes))
@@ -291,3 +281,15 @@ def test_worker_processes_give_the_batches_of_none(mixed: TrainingSet) -> None:
     assert seen(numbered(mixed, workers=2, micro_batch=2), first=0, last=3) == seen(
         numbered(mixed, micro_batch=2), first=0, last=3
     )
+
+
+def test_every_epoch_of_a_run_has_the_batches_of_its_own_plan(
+    tars: list[Path], full_cache: Cache
+) -> None:
+    samples = training_set(tars, recipe(epochs=2, micro_batch=2), full_cache)
+
+    steps = [[n for part in step for n in part] for step in seen(samples, first=0, last=6)]
+
+    plans = [plan_epoch(samples.lengths, samples.recipe, epoch) for epoch in (0, 1)]
+    assert steps == [samples.lengths[batch].tolist() for plan in plans for batch in plan]
+    assert steps[:3] != steps[3:]

@@ -13,6 +13,7 @@ from shared.errors import MismatchError, TrainingError
 from student_train.config import Recipe
 from student_train.fidelity import (
     StudentFidelity,
+    _Record,
     cosine,
     fitted,
     inputs_of,
@@ -117,3 +118,28 @@ def test_batches_are_the_recipes_as_far_as_the_samples_go(
     found = fitted(recipe(**RECIPE), samples)
 
     assert (found.micro_batch, found.global_batch) == (micro, batch)
+
+
+def test_a_terms_value_does_not_depend_on_the_micro_batch(
+    full_cache: Cache, tars: list[Path]
+) -> None:
+    found, whole = (
+        measure(full_cache, full_cache, tars, recipe(global_batch=24, micro_batch=micro)).terms
+        for micro in (4, 24)
+    )
+
+    assert {name: term.value for name, term in found.items()} == pytest.approx(
+        {name: term.value for name, term in whole.items()}, rel=1e-5
+    )
+
+
+def test_a_report_holds_the_mean_and_the_worst_of_the_steps() -> None:
+    record = _Record()
+    for exact, decoded, found in ((4.0, 4.0, 1.0), (2.0, 3.0, 0.5), (-4.0, -3.0, None)):
+        record.add_values(exact, decoded)
+        record.add(found)
+
+    term = record.term()
+
+    assert (term.value, term.error, term.worst_error) == (pytest.approx(2 / 3), 0.25, 0.5)
+    assert (term.cosine, term.worst_cosine) == (0.75, 0.5)

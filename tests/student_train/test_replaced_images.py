@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shared.cache import open_cache
 from shared.errors import MismatchError
@@ -18,6 +19,7 @@ from tests.student_train.support import (
     log_lines,
     mixed_samples,
     recipe,
+    tensors_of,
     train,
     training_set,
 )
@@ -188,3 +190,16 @@ def test_a_sample_that_gained_or_lost_its_image_is_refused(
         changed = dataclasses.replace(training_set([other], recipe(), cache), **options)
         with pytest.raises(MismatchError, match=f"'s00{number}': images: {says} in .*other.tar"):
             changed[[0, number, 6]]
+
+
+def test_targets_beside_a_broken_image_are_those_of_the_samples_that_are_left(
+    copies: list[Path], full_path: Path, tmp_path: Path
+) -> None:
+    cache = open_cache(without_digests(full_path, tmp_path, "mixed-0"))
+    replace_image(copies[0], "s006", BROKEN)
+    samples = training_set(copies, recipe(), cache)
+
+    for (where, found), (_, expected) in zip(
+        tensors_of(samples[[0, 6, 15]]), tensors_of(samples[[0, 15]]), strict=True
+    ):
+        assert torch.equal(found, expected), where

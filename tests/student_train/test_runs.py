@@ -5,7 +5,6 @@ had happened.
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -349,26 +348,6 @@ def test_an_export_replaces_an_older_one_as_a_whole(tmp_path: Path) -> None:
 
     assert not (tmp_path / "export" / "stale.bin").exists()
     assert not (tmp_path / "export.partial").exists()
-
-
-def test_an_export_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsync, synced = os.fsync, []
-
-    def noted(descriptor: int) -> None:
-        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    model = load_model(ModelFolder(str(STUDENT)), str(CLIP))
-
-    export_student(model, STUDENT, tmp_path / "export", form="bin", lineage={})
-
-    made = {path for path in (tmp_path / "export").rglob("*") if path.is_file()}
-    partial = str(tmp_path / "export.partial")
-    assert {f"{partial}/{path.relative_to(tmp_path / 'export')}" for path in made} <= {*synced}
-    assert synced[-2:] == [partial, str(tmp_path)]
 
 
 # -- killed and resumed --------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a run says of its pace."""
 
 import json
+import logging
 import math
 import threading
 from pathlib import Path
@@ -11,7 +12,8 @@ from shared.errors import TrainingError
 from student_train import watch
 from student_train.evaluate import Scores
 from student_train.runs import RunFolder
-from tests.support import full_disk
+from tests.student_train.support import recipe, training_set
+from tests.support import full_disk, sample, write_tar
 
 
 def test_an_evaluation_between_two_log_lines_does_not_count_as_training(
@@ -91,3 +93,53 @@ def test_logs_that_cannot_be_opened_are_one_of_our_errors(tmp_path: Path) -> Non
 
     with pytest.raises(TrainingError, match=r"log.jsonl: cannot be written \(Is a directory\)"):
         watch.Watch(RunFolder(tmp_path), main=True, every=1, first=0, last=1, unlogged={})
+
+
+def test_every_sample_that_a_step_is_without_has_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = [sample(f"broken-{n}", image=b"no image") for n in range(2)]
+    tar = write_tar(tmp_path / "t.tar", *broken, sample("good"))
+    batch = training_set([tar], recipe(), None)[[0, 1, 2]]
+
+    with (
+        caplog.at_level(logging.WARNING),
+        watch.Watch(RunFolder(tmp_path), main=False, every=1, first=0, last=1, unlogged={}) as seen,
+    ):
+        seen.check(1, {"loss": 1.0}, 1.0, [batch])
+
+    assert [f"skipped=broken-{n} " in caplog.text for n in range(2)] == [True, True]
+
+
+def test_a_line_of_fewer_steps_than_log_every_has_their_pace_and_the_last_step_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+
+    with watch.Watch(
+        RunFolder(tmp_path), main=True, every=3, first=2, last=5, unlogged={"loss": [2.0, 2]}
+    ) as resumed:
+        for step in range(3, 6):
+            now += 1.0
+            resumed.step(step, {"loss": 4.0}, 1.0, 1e-3, 40)
+
+    lines = list(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()))
+    assert [(line["step"], line["loss"]) for line in lines] == [(3, 2.0), (5, 4.0)]
+    assert [line["samples_per_second"] for line in lines] == [40.0, 40.0]
+
+
+def test_tensorboard_has_every_step_once_after_resuming(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, loss in ((0, 3, 1.0), (2, 4, 2.0)):  # step 3 was done, but not saved
+        with watch.Watch(
+            RunFolder(tmp_path), main=True, every=1, first=first, last=last, unlogged={}
+        ) as seen:
+            for step in range(first + 1, last + 1):
+                seen.step(step, {"loss": loss}, 1.0, 1e-3, 40)
+
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    found = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]

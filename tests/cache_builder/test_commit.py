@@ -13,9 +13,10 @@ import pytest
 from benchmarks import concurrent_builds, kill_build
 from shared.errors import MismatchError
 from shared.record import FORMAT, TarFacts
+from shared.spec import CacheSpec
 from shared.store import new_shard
 from tests.student_train.support import environment
-from tests.support import invoke
+from tests.support import FULL, invoke
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def test_faults_at_file_operations_leave_no_half_shard() -> None:
 def facts(dtype: str = "float32") -> dict[str, object]:
     tar = TarFacts(name="t.tar", size=1, sha256="0" * 64, index_sha256="1" * 64)
     identity = {
-        "spec": {},
+        "spec": CacheSpec.from_dict(FULL).to_dict(),
         "teacher": {
             "hidden_size": 1,
             "attention_heads": 1,

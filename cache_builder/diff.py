@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,6 @@ class SamplePlace:
     "On the `sample` axis; None where the two shards do not hold the same samples."
     image: int | None
     "Row on the `image` axis, -1 for text only; None as `row`."
-
-    @classmethod
-    def of(cls, length: int, row: int | None, image: int | None) -> "SamplePlace":
-        """From values in order."""
-        return cls(length=length, row=row, image=image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +76,15 @@ def diff_caches(a: Path, b: Path) -> CacheDiff:
         DamagedError: a record is damaged.
     """
     ours, theirs = _read(a), _read(b)
-    both = [(ours[name], theirs[name]) for name in ours if name in theirs]
-    first = [(next(iter(ours.values())), next(iter(theirs.values())))]
-    common = _common([_pairs(one.identity, other.identity) for one, other in both or first])
-    shards = {one.name: _diff_shard(one, other, common) for one, other in both}
+    both = [name for name in ours if name in theirs]
+    first = (next(iter(ours)), next(iter(theirs)))
+    compared = [(name, name) for name in both] or [first]
+    identities = [_pairs(ours[a].identity, theirs[b].identity) for a, b in compared]
+    common = _common(identities)
+    shards = {
+        name: _diff_shard(ours[name], theirs[name], _without(identity, common))
+        for name, identity in zip(both, identities, strict=False)
+    }
     return CacheDiff(
         identity=common,
         shards_only_in_a=tuple(name for name in ours if name not in theirs),
@@ -122,21 +121,26 @@ def _common(each: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, tuple[An
     }
 
 
+def _without(
+    pairs: Mapping[str, tuple[Any, Any]], common: Mapping[str, tuple[Any, Any]]
+) -> dict[str, tuple[Any, Any]]:
+    return {path: pair for path, pair in pairs.items() if path not in common}
+
+
 def _diff_shard(
-    ours: ShardRecord, theirs: ShardRecord, common: Mapping[str, tuple[Any, Any]]
+    ours: ShardRecord, theirs: ShardRecord, identity: dict[str, tuple[Any, Any]]
 ) -> ShardDiff:
     a, b = set(ours.keys), set(theirs.keys)
     skips = [{s.key: s.reason for s in record.skipped} for record in (ours, theirs)]
     probes = [
         {s.key: s.pixels_sha256 or "text only" for s in record.probe} for record in (ours, theirs)
     ]
-    identity = _pairs(ours.identity, theirs.identity)
     return ShardDiff(
-        identity={path: pair for path, pair in identity.items() if path not in common},
+        identity=identity,
         tar=_pairs(asdict(ours.tar), asdict(theirs.tar)),
         keys_only_in_a=tuple(key for key in ours.keys if key not in b),
         keys_only_in_b=tuple(key for key in theirs.keys if key not in a),
-        samples=_diff_samples(ours, theirs),
+        samples=_diff_samples(ours, theirs, with_rows=a == b),
         skipped=_pairs(*skips),
         probe=_pairs(*probes),
         arrays=_pairs(array_digests(ours), array_digests(theirs)),
@@ -144,27 +148,27 @@ def _diff_shard(
 
 
 def _diff_samples(
-    ours: ShardRecord, theirs: ShardRecord
+    ours: ShardRecord, theirs: ShardRecord, *, with_rows: bool
 ) -> dict[str, tuple[SamplePlace, SamplePlace]]:
+    """Without rows where one sample is missing: all behind it have another one."""
     if (ours.keys, ours.lengths, ours.images) == (theirs.keys, theirs.lengths, theirs.images):
         return {}
-    # Where one sample is missing all behind it have another row.
-    with_rows = set(ours.keys) == set(theirs.keys)
     one, other = _places(ours, with_rows=with_rows), _places(theirs, with_rows=with_rows)
     return {
-        key: (SamplePlace.of(*place), SamplePlace.of(*other[key]))
+        key: (place, other[key])
         for key, place in one.items()
         if key in other and place != other[key]
     }
 
 
-def _places(
-    record: ShardRecord, *, with_rows: bool
-) -> dict[str, tuple[int, int | None, int | None]]:
-    """Key -> length, row, image: plain tuples, of which a shard may have 100,000."""
-    rows = range(len(record.keys)) if with_rows else repeat(None)
-    images = record.images if with_rows else repeat(None)
-    return dict(zip(record.keys, zip(record.lengths, rows, images, strict=False), strict=True))
+def _places(record: ShardRecord, *, with_rows: bool) -> dict[str, SamplePlace]:
+    samples = enumerate(zip(record.keys, record.lengths, record.images, strict=True))
+    return {
+        key: SamplePlace(
+            length=length, row=row if with_rows else None, image=image if with_rows else None
+        )
+        for row, (key, length, image) in samples
+    }
 
 
 def _pairs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -15,7 +15,7 @@ from cache_builder.committed import Committed
 from cache_builder.prepare import PreparedSample, prepare
 from cache_builder.probe import choose
 from cache_builder.setup import load_teacher_tokenizer
-from cache_builder.skips import skipped_before, skipped_by_headers
+from cache_builder.skips import skipped_before
 from cache_builder.tars import find_pending
 from cache_builder.teacher import check_spec, config_digest, teacher_facts
 from shared.checkpoint import ModelFolder
@@ -24,7 +24,7 @@ from shared.images import ImageProcessor
 from shared.mobilevlm import NUM_VISION, VLMConfig, read_config
 from shared.progress import progress
 from shared.record import ShardRecord, Skipped, record_names, shard_name
-from shared.samples import TarIndex, index_tars
+from shared.samples import TarIndex, index_tars, skipped_by_headers
 from shared.spec import CacheSpec
 from shared.tokenizer import Tokenizer, tokenizer_identity
 

@@ -16,13 +16,12 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from cache_builder.ahead import Ahead
-from cache_builder.skips import skipped_by_headers
 from shared.errors import UnusableSample
 from shared.images import ImageProcessor, decode_image
 from shared.mobilevlm import NUM_VISION
 from shared.prompt import IGNORE, Prompt, build_prompt, check_length
 from shared.record import Skipped
-from shared.samples import Sample, TarIndex, read_sample
+from shared.samples import Sample, TarIndex, read_sample, skipped_by_headers
 from shared.spec import CacheSpec
 from shared.tokenizer import Tokenizer
 

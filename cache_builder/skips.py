@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from shared.errors import ConfigError, InputError
 from shared.record import ShardRecord, Skipped
-from shared.samples import TarIndex
+from shared.samples import TarIndex, skipped_by_headers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +101,6 @@ def skipped_before(
     """Of the tars whose shard is there, what it lacks."""
     done = [records[index.name] for index in indexes if index.name in records]
     return [skipped for record in done for skipped in record.skipped]
-
-
-def skipped_by_headers(indexes: Sequence[TarIndex]) -> list[Skipped]:
-    """What the tars' headers rule out already."""
-    return [
-        Skipped(key=key, reason=reason)
-        for index in indexes
-        for key, reason in index.skipped.items()
-    ]
 
 
 def frequent_reasons(skipped: Sequence[Skipped], most: int = 3) -> list[str]:

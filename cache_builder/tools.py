@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cache_builder.build import Builder
     from cache_builder.diff import CacheDiff, ShardDiff
     from cache_builder.gc import Leftover
-    from cache_builder.verify import Problem, Report
+    from cache_builder.verify import Report
 
 _WORKERS = click.option(
     "--workers", default=min(8, len(os.sched_getaffinity(0))), show_default="CPUs, at most 8",
@@ -159,13 +159,14 @@ def _refuse_what_is_left(cache: Path, report: "Report") -> None:
     parts = []
     if report.unreadable:
         parts.append(f"{_unreadable(report)}, and are left as they are: {_MEND}")
-    if left := [problem for problem in report.problems if problem.kind in ("cache", "stray")]:
-        parts.append(_beyond_repair(left))
+    if report.beyond_repair:
+        parts.append(_beyond_repair(report))
     if parts:
         raise CacheError(f"{cache}: {'; '.join(parts)}")
 
 
-def _beyond_repair(problems: "Sequence[Problem]") -> str:
+def _beyond_repair(report: "Report") -> str:
+    problems = report.beyond_repair
     return (
         f"{len(problems)} problems that taking shards out does not solve, the first: {problems[0]}"
     )
@@ -252,7 +253,6 @@ def _report_lines(cache: Path, report: "Report") -> Iterator[str]:
 def _verdict(cache: Path, report: "Report") -> str:
     bad = report.bad_shards
     plans = [problem.place for problem in report.problems if problem.kind == "plan"]
-    others = [problem for problem in report.problems if problem.kind in ("cache", "stray")]
     off = sorted({problem.place for problem in report.problems if problem.kind == "targets"})
     parts = []
     if bad:
@@ -262,8 +262,8 @@ def _verdict(cache: Path, report: "Report") -> str:
     if bad or plans:
         repair = f"cache-tools repair {cache}"
         parts.append(f"{repair} takes out what is damaged and says what to build again")
-    if others:
-        parts.append(_beyond_repair(others))
+    if report.beyond_repair:
+        parts.append(_beyond_repair(report))
     if report.unreadable:
         parts.append(f"{_unreadable(report)}; {_MEND}")
     if off:

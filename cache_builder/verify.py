@@ -86,6 +86,11 @@ class Report:
         """Shards and plans of which a part cannot be read; they may be whole."""
         return sorted(self._places("unreadable"))
 
+    @property
+    def beyond_repair(self) -> list[Problem]:
+        """What taking shards and plans out does not solve, though it can be read."""
+        return [problem for problem in self.problems if problem.kind in ("cache", "stray")]
+
     def _places(self, kind: str) -> set[str]:
         return {problem.place for problem in self.problems if problem.kind == kind}
 

@@ -24,6 +24,7 @@ from shared.conversation import Conversation, parse_annotation
 from shared.errors import InputError, UnusableSample, printable
 from shared.progress import progress
 from shared.readable import reading, sha256_of
+from shared.record import Skipped
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +191,15 @@ def refuse_repeated_keys(indexes: Iterable[TarIndex], known: Mapping[str, str]) 
                     "list (cache-tools pack numbers ids that stand again), or change the ids"
                 )
             seen[sample.key] = index.path.name
+
+
+def skipped_by_headers(indexes: Sequence[TarIndex]) -> list[Skipped]:
+    """What the tars' headers rule out already."""
+    return [
+        Skipped(key=key, reason=reason)
+        for index in indexes
+        for key, reason in index.skipped.items()
+    ]
 
 
 def read_sample(tar: Path, entry: SampleEntry) -> Sample:

@@ -162,12 +162,11 @@ def _log_start(
     )  # fmt: skip
     if recipe.eval_every and held_out is None:
         log.warning("eval_every=%d, but no --eval-data: nothing is evaluated", recipe.eval_every)
-    for sample in training_set.skipped[:20]:
+    skipped, more = training_set.skipped[:20], training_set.skipped[20:]
+    for sample in skipped:
         log.warning("skipped=%s reason=%s", sample.key, sample.reason)
-    if len(training_set.skipped) > 20:
-        log.warning(
-            "skipped %d more: all are in --out's %s", len(training_set.skipped) - 20, SKIPPED
-        )
+    if more:
+        log.warning("skipped %d more: all are in --out's %s", len(more), SKIPPED)
 
 
 def refuse_disagreement(settings: Mapping[str, Any], checkpoint: Path | None) -> None:

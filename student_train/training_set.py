@@ -22,7 +22,14 @@ from shared.mobilevlm import NUM_VISION
 from shared.progress import progress
 from shared.prompt import IGNORE, IMAGE_TOKEN, Prompt, build_prompt, check_length
 from shared.record import Skipped
-from shared.samples import SampleEntry, TarIndex, index_tars, read_image, read_sample
+from shared.samples import (
+    SampleEntry,
+    TarIndex,
+    index_tars,
+    read_image,
+    read_sample,
+    skipped_by_headers,
+)
 from shared.sequence import SequenceBatch, pad_sequences
 from shared.spec import CacheSpec
 from shared.strict import shown
@@ -199,7 +206,7 @@ def load_training_set(
         TrainingError: the source knows none of the samples, or none can be used.
     """
     indexes = index_tars(tars)
-    skipped = [Skipped(key=key, reason=why) for i in indexes for key, why in i.skipped.items()]
+    skipped = skipped_by_headers(indexes)
     where = {entry.key: (index.path, entry) for index in indexes for entry in index.samples}
     if source is None:
         lengths, more = _measure(indexes, recipe, tokenizer)

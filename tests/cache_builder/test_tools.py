@@ -253,7 +253,7 @@ def test_shards_of_two_builds_are_named_and_left_by_repair(root: Path) -> None:
     assert snapshot(root) == before
 
 
-def test_all_shards_that_do_not_belong_are_named(root: Path, packed_tars: list[Path]) -> None:
+def test_all_shards_that_do_not_belong_are_named(root: Path) -> None:
     edit_record(root, BAD, lambda values: values["identity"]["numerics"].update(dtype="float64"))
     edit_record(root, BAD, lambda values: values["identity"]["teacher"].update(hidden_size=5))
 

@@ -254,11 +254,9 @@ def test_a_file_that_will_not_wait_though_it_should_is_an_error(
         array.read_into([RowRead(0, 7, flat(np.zeros_like(values)))])
 
 
-def test_rows_that_are_not_in_memory_are_asked_for_and_read_later(
-    raw: tuple[StoredArray, npt.NDArray[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    array, values = raw
-    preadv, asked, out = os.preadv, [], np.zeros_like(values)
+def cool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on nothing is in memory for who does not want to wait."""
+    preadv = os.preadv
 
     def cold(descriptor: int, pieces: Any, offset: int, flags: int = 0) -> int:
         if flags & os.RWF_NOWAIT:
@@ -266,6 +264,14 @@ def test_rows_that_are_not_in_memory_are_asked_for_and_read_later(
         return preadv(descriptor, pieces, offset, flags)
 
     monkeypatch.setattr(os, "preadv", cold)
+
+
+def test_rows_that_are_not_in_memory_are_asked_for_and_read_later(
+    raw: tuple[StoredArray, npt.NDArray[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array, values = raw
+    asked, out = [], np.zeros_like(values)
+    cool(monkeypatch)
     monkeypatch.setattr(os, "posix_fadvise", lambda _, *span: asked.append(span))
 
     late = array.read_into([RowRead(0, 7, flat(out))], wait=False)
@@ -568,14 +574,8 @@ def test_buffers_that_are_used_again_give_the_same_batches(cache: Cache) -> None
 def test_a_batch_of_which_nothing_is_in_memory_is_read_later_and_whole(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preadv, expected = os.preadv, cache.read_batch(cache.keys())
-
-    def cold(descriptor: int, pieces: Any, offset: int, flags: int = 0) -> int:
-        if flags & os.RWF_NOWAIT:
-            raise BlockingIOError
-        return preadv(descriptor, pieces, offset, flags)
-
-    monkeypatch.setattr(os, "preadv", cold)
+    expected = cache.read_batch(cache.keys())
+    cool(monkeypatch)
 
     found = cache.read_batch(cache.keys())
 

@@ -17,8 +17,12 @@ def soiled(cache: Cache) -> BatchBuffers:
     return buffers
 
 
+def with_image(cache: Cache) -> list[str]:
+    return [key for key, image in zip(cache.keys(), cache.with_image, strict=True) if image]
+
+
 def test_rows_behind_a_samples_own_are_zero_whatever_the_buffer_held(full_cache: Cache) -> None:
-    keys = [k for k, image in zip(full_cache.keys(), full_cache.with_image, strict=True) if image]
+    keys = with_image(full_cache)
     rows = {key: full_cache.read(key).attention[0].shape[1] for key in keys}
     by_difference = {abs(rows[a] - rows[b]): (a, b) for a, b in combinations(keys, 2)}
     buffers = soiled(full_cache)
@@ -34,9 +38,7 @@ def test_rows_behind_a_samples_own_are_zero_whatever_the_buffer_held(full_cache:
 
 
 def test_an_image_that_two_samples_of_a_batch_share_reaches_both(full_cache: Cache) -> None:
-    with_image = full_cache.with_image
-    images = [k for k, image in zip(full_cache.keys(), with_image, strict=True) if image]
-    key, other = images[:2]
+    key, other = with_image(full_cache)[:2]
 
     found = full_cache.read_batch([key, other, key], buffers=soiled(full_cache))
 

@@ -23,9 +23,11 @@ from tests.student_train.support import (
 from tests.support import CLIP, annotation, png, sample, text_sample, write_tar
 
 
-def held_out(*tars: Path, limit: int | None = None, template: str = "v1") -> HeldOutSet:
+def held_out(
+    *tars: Path, limit: int | None = None, template: str = "v1", max_tokens: int = 2048
+) -> HeldOutSet:
     return HeldOutSet(
-        tars, template=template, max_tokens=2048, tokenizer=load_tokenizer(STUDENT),
+        tars, template=template, max_tokens=max_tokens, tokenizer=load_tokenizer(STUDENT),
         processor=ImageProcessor(CLIP, "pad"), limit=limit, max_new_tokens=8,
     )  # fmt: skip
 
@@ -287,12 +289,8 @@ def test_held_out_samples_that_are_longer_than_training_allows_are_skipped(
     model: MobileVLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = write_tar(tmp_path / "t.tar", sample("long"), text_sample("short"))
-    questions = HeldOutSet(
-        [tar], template="v1", max_tokens=144, tokenizer=load_tokenizer(STUDENT),
-        processor=ImageProcessor(CLIP, "pad"), limit=None, max_new_tokens=1,
-    )  # fmt: skip
 
-    scores = questions.score(model)
+    scores = held_out(tar, max_tokens=144).score(model)
 
     assert (scores.answers, scores.skipped) == (1, 1)
     assert "skipped=long" in caplog.text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from shared.cache import open_cache
+from shared.cache import Cache, open_cache
 from shared.errors import MismatchError
 from shared.samples import index_tar, read_image
 from tests.student_train.support import (
@@ -116,12 +116,17 @@ def test_only_shards_with_digests_are_compared(
         samples[[6, 18]]
 
 
-def test_a_broken_image_without_a_digest_is_left_out_with_its_targets(
-    copies: list[Path], full_path: Path, tmp_path: Path
-) -> None:
-    cache = open_cache(without_digests(full_path, tmp_path, "mixed-0"))
+@pytest.fixture
+def beside_broken(copies: list[Path], full_path: Path, tmp_path: Path) -> Cache:
+    """A cache that knows no digest of s006's image, which is broken in the tars now."""
     replace_image(copies[0], "s006", BROKEN)
-    batch = training_set(copies, recipe(), cache)[[0, 6, 15]]
+    return open_cache(without_digests(full_path, tmp_path, "mixed-0"))
+
+
+def test_a_broken_image_without_a_digest_is_left_out_with_its_targets(
+    copies: list[Path], beside_broken: Cache
+) -> None:
+    batch = training_set(copies, recipe(), beside_broken)[[0, 6, 15]]
 
     assert [sample.key for sample in batch.skipped] == ["s006"]
     assert batch.targets is not None
@@ -129,16 +134,14 @@ def test_a_broken_image_without_a_digest_is_left_out_with_its_targets(
 
 
 def test_a_batch_of_which_nothing_can_be_used_adds_nothing(
-    copies: list[Path], full_path: Path, tmp_path: Path
+    copies: list[Path], beside_broken: Cache
 ) -> None:
-    cache = open_cache(without_digests(full_path, tmp_path, "mixed-0"))
-    replace_image(copies[0], "s006", BROKEN)
-    samples = training_set(copies, recipe(), cache)
+    samples = training_set(copies, recipe(), beside_broken)
 
     empty, good = samples[[6]], samples[[0, 15]]
-    terms, gradients = gradients_of(aligned(recipe(), cache), [empty, good], recipe())
+    terms, gradients = gradients_of(aligned(recipe(), beside_broken), [empty, good], recipe())
 
-    expected, whole = gradients_of(aligned(recipe(), cache), [good], recipe())
+    expected, whole = gradients_of(aligned(recipe(), beside_broken), [good], recipe())
     assert terms == expected
     assert distance(whole, gradients) == 0
 
@@ -193,11 +196,9 @@ def test_a_sample_that_gained_or_lost_its_image_is_refused(
 
 
 def test_targets_beside_a_broken_image_are_those_of_the_samples_that_are_left(
-    copies: list[Path], full_path: Path, tmp_path: Path
+    copies: list[Path], beside_broken: Cache
 ) -> None:
-    cache = open_cache(without_digests(full_path, tmp_path, "mixed-0"))
-    replace_image(copies[0], "s006", BROKEN)
-    samples = training_set(copies, recipe(), cache)
+    samples = training_set(copies, recipe(), beside_broken)
 
     for (where, found), (_, expected) in zip(
         tensors_of(samples[[0, 6, 15]]), tensors_of(samples[[0, 15]]), strict=True

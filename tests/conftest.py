@@ -2,9 +2,28 @@
 
 from pathlib import Path
 
+# Before the hook below: what a module that it instruments is the first to import is compiled anew.
+import accelerate  # noqa: F401
 import hypothesis
 import pytest
 import torch
+import transformers.models.clip.modeling_clip
+import transformers.models.llama.modeling_llama  # noqa: F401
+import webdataset  # noqa: F401
+import zarr  # noqa: F401
+from jaxtyping import install_import_hook
+
+# Modules that state shapes are held to them. In the others the types are mypy's to check: doing it
+# while they run would take a sixth of the tests' time.
+_ROOT = Path(__file__).parents[1]
+_SOURCES = [
+    path
+    for package in ("shared", "cache_builder", "student_train")
+    for path in (_ROOT / package).glob("*.py")
+    if "from jaxtyping import" in path.read_text()
+]
+_WITH_SHAPES = [f"{path.parent.name}.{path.stem}" for path in _SOURCES]
+install_import_hook(_WITH_SHAPES, "beartype.beartype")
 
 from cache_builder.pack import pack
 from shared.cache import Cache, open_cache

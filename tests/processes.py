@@ -1,11 +1,13 @@
-"""`build-cache` as real processes that start in a moment: forked from a server that has imported
-everything, they run the command's own entry point and can be killed like any other.
+"""`build-cache` and `train-student` as real processes that start in a moment: forked from a server
+that has imported everything, they run the command's own entry point and can be killed like any
+other.
 """
 
 import atexit
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -48,6 +50,28 @@ def start_build(given: Sequence[str], log: Path) -> ForkServerProcess:
     return start(_build_cache, list(given), log=log)
 
 
+def start_training(given: Sequence[str], log: Path) -> ForkServerProcess:
+    """A started `train-student`, the first of a process group of its own."""
+    return start(_train_student, list(given), log=log)
+
+
+def run_two(target: Callable[..., object], *given: object, folder: Path) -> Path:
+    """Call `target(*given)` in two processes that find each other as under torchrun, to the end.
+
+    Returns:
+        Where the output of the first is: `rank-0` in `folder`, beside `rank-1`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [folder / f"rank-{rank}" for rank in range(2)]
+    both = [start(_ranked, n, port, target, given, log=log) for n, log in enumerate(logs)]
+    for process, log in zip(both, logs, strict=True):
+        process.join(200)
+        assert process.exitcode == 0, log.read_text()[-4000:]
+    return logs[0]
+
+
 @atexit.register
 def _kill_what_is_left() -> None:
     """Multiprocessing would wait at exit, for ever if one hangs."""
@@ -67,7 +91,23 @@ def _redirected(log: Path, target: Callable[..., object], given: Sequence[object
     target(*given)
 
 
+def _ranked(rank: int, port: int, target: Callable[..., object], given: Sequence[object]) -> None:
+    found = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": True,
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in found.items()})
+    target(*given)
+
+
 def _build_cache(given: Sequence[str]) -> None:
     from cache_builder.cli import build_cache
 
     build_cache(given, prog_name="build-cache")
+
+
+def _train_student(given: Sequence[str]) -> None:
+    from student_train.cli import train_student
+
+    os.setsid()
+    train_student(given, prog_name="train-student")

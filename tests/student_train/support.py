@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from student_train.config import Recipe
 from student_train.loop import make_accelerator
 from student_train.student import AlignedStudent, TeacherShape
 from student_train.training_set import TeacherSource, TrainingSet, load_training_set
+from tests.processes import start_training
 from tests.support import ATTENTION, CLIP, FULL, REFERENCE, annotation, invoke, png, sample
 
 STUDENT = REFERENCE / "student"
@@ -165,43 +165,46 @@ def command_line(*given: str) -> list[str]:
     return [sys.executable, "-c", code, *given]
 
 
-def run_process(command: Sequence[str], cwd: Path | None = None) -> str:
+def run_process(command: Sequence[str]) -> str:
     """Run to the end; stdout. A failure shows stderr."""
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=200, cwd=cwd
+        command, env=environment(), capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
-def kill_when(command: Sequence[str], due: Callable[[], bool]) -> bool:
-    """Start a process and SIGKILL it as soon as `due`; False if it ended before."""
-    code, _ = signal_when(command, due, signal.SIGKILL)
-    return code == -signal.SIGKILL
+def train_in_process(given: Sequence[str], log: Path) -> Any:
+    """`train-student --json` in a process of its own, to the end; what it says."""
+    process = start_training(given, log)
+    process.join(200)
+    assert process.exitcode == 0, log.read_text()[-4000:]
+    return said(log)
 
 
-def signal_when(command: Sequence[str], due: Callable[[], bool], number: int) -> tuple[int, str]:
-    """Start a process and send it, and those it started, a signal as soon as `due`.
+def said(log: Path) -> Any:
+    """What a process with `--json` said, among what it logged."""
+    (line,) = (line for line in log.read_text().splitlines() if line.startswith("{"))
+    return json.loads(line)
+
+
+def signal_when(
+    given: Sequence[str], due: Callable[[], bool], number: int, log: Path
+) -> int | None:
+    """Start `train-student` and send it, and those it started, a signal as soon as `due`.
 
     Returns:
-        Its exit code and stdout.
+        Its exit code; that of the signal is negative.
     """
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        while process.poll() is None:
-            if due():
-                os.killpg(process.pid, number)
-                break
-            time.sleep(0.002)
-        stdout, _ = process.communicate(timeout=200)
-        return process.returncode, stdout
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = start_training(given, log)
+    assert process.pid is not None
+    while process.is_alive():
+        if due():
+            os.killpg(process.pid, number)
+            break
+        time.sleep(0.002)
+    process.join(200)
+    return process.exitcode
 
 
 def log_lines(run: Path) -> list[dict[str, float]]:

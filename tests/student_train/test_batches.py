@@ -3,25 +3,28 @@ batches every sample has its turn.
 """
 
 import dataclasses
+import gc
+import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, StackDataset
 
-from shared.cache import Cache
+from shared.cache import Cache, open_cache
 from shared.samples import Member, SampleEntry
 from shared.spec import canonical_digest
 from student_train.batch import TrainingBatch
 from student_train.entries import Entries
 from student_train.loading import micro_batches, plan_epoch
+from student_train.loop import make_accelerator
 from student_train.student import TERMS
 from student_train.training_set import TrainingSet
+from tests.processes import run_two
 from tests.student_train.support import (
     aligned,
     batches_of,
@@ -29,7 +32,6 @@ from tests.student_train.support import (
     gradients_of,
     recipe,
     relative,
-    run_process,
     tensors_of,
     training_set,
 )
@@ -106,39 +108,39 @@ def test_a_text_only_neighbour_changes_no_alignment_term(
         assert relative(terms[name], whole[0][name]) < 1e-5
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "one text-only process": {"order": MIXED, "micro_batch": 4},
     # So that the one pass that synchronises uses neither the projector nor the adapters.
     "text-only last micro-batches": {"order": [0, 1, 3, 4, 2, 5, 8, 11], "micro_batch": 2},
 }
 
 
-@pytest.fixture(scope="module")
-def two_processes(
-    tars: list[Path], full_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Where two processes started by torchrun wrote their terms and gradients."""
-    out = tmp_path_factory.mktemp("two")
-    settings = {
-        "cases": CASES, "tars": [str(tar) for tar in tars], "cache": str(full_path),
-        "out": str(out),
-    }  # fmt: skip
-    child = Path(__file__).parent / "one_of_two.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run_process([*torchrun, "--nproc_per_node", "2", str(child), json.dumps(settings)])
-    return out
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_loss_and_gradient_of_one(
-    case: str, rank: int, two_processes: Path, whole: tuple[Any, Any]
+    tars: list[Path], full_path: Path, tmp_path: Path, whole: tuple[Any, Any]
 ) -> None:
-    terms = json.loads((two_processes / f"{case}-{rank}.json").read_text())
-    gradients = load_file(two_processes / f"{case}-{rank}.safetensors")
+    run_two(write_gradients, tars, full_path, tmp_path, folder=tmp_path)
 
-    assert_same_terms(terms, whole[0])
-    assert distance(whole[1], gradients) < 1e-5
+    for case, rank in itertools.product(CASES, (0, 1)):
+        terms = json.loads((tmp_path / f"{case}-{rank}.json").read_text())
+        gradients = load_file(tmp_path / f"{case}-{rank}.safetensors")
+        assert_same_terms(terms, whole[0])
+        assert distance(whole[1], gradients) < 1e-5
+
+
+def write_gradients(tars: list[Path], cache_path: Path, out: Path) -> None:
+    """In one of two processes: loss terms and gradients of its share of each case."""
+    accelerator = make_accelerator(recipe(), cpu=True)
+    assert accelerator.num_processes == 2
+    rank, cache = accelerator.process_index, open_cache(cache_path)
+    for name, case in CASES.items():
+        changed = recipe(micro_batch=case["micro_batch"])
+        samples = training_set(tars, changed, cache)
+        mine = list(batches_of(samples, case["order"][rank::2], changed.micro_batch))
+        terms, gradients = gradients_of(aligned(changed, cache), mine, changed)
+        (out / f"{name}-{rank}.json").write_text(json.dumps(terms))
+        save_file(gradients, out / f"{name}-{rank}.safetensors")
+    gc.collect()  # as in `run_training`
+    accelerator.end_training()
 
 
 def test_the_first_case_leaves_one_process_without_images(mixed: TrainingSet) -> None:
@@ -231,22 +233,21 @@ def seen(
     return [[batch.sequences.lengths.tolist() for batch in step] for step in steps]
 
 
-@pytest.mark.parametrize("cached", [True, False], ids=["with a cache", "without"])
 def test_spawned_workers_make_the_batches_of_one_process(
-    cached: bool, tars: list[Path], full_cache: Cache
+    tars: list[Path], full_cache: Cache
 ) -> None:
-    samples = training_set(tars, recipe(), full_cache if cached else None)
+    with_cache_and_without = [training_set(tars, recipe(), source) for source in (full_cache, None)]
+    samples = StackDataset(*with_cache_and_without)
     order = [[0, 2, 1], [5, 3], [8, 4, 11]]
 
-    loader: DataLoader[TrainingBatch] = DataLoader(
+    loader: DataLoader[tuple[TrainingBatch, ...]] = DataLoader(
         samples, sampler=order, batch_size=None, num_workers=2, multiprocessing_context="spawn"
     )
 
-    for numbers, batch in zip(order, loader, strict=True):
-        for (where, mine), (_, theirs) in zip(
-            tensors_of(samples[numbers]), tensors_of(batch), strict=True
-        ):
-            assert torch.equal(mine, theirs), where
+    for numbers, batches in zip(order, loader, strict=True):
+        for here, there in zip(samples[numbers], batches, strict=True):
+            for (where, mine), (_, theirs) in zip(tensors_of(here), tensors_of(there), strict=True):
+                assert torch.equal(mine, theirs), where
 
 
 def numbered(samples: TrainingSet, **changes: Any) -> TrainingSet:

@@ -5,13 +5,17 @@ had happened.
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from shared.cache import Cache
 from shared.checkpoint import ModelFolder
 from shared.errors import ConfigError, MismatchError
 from shared.mobilevlm import MobileVLM, load_model
+from student_train.cli import train_student
 from student_train.evaluate import HeldOutSet, Scores
 from student_train.lineage import code_identity
 from student_train.loop import make_accelerator, make_optimizer
@@ -32,6 +37,7 @@ from student_train.runs import RunFolder, export_student, load_adapters, save_ad
 from student_train.setup import refuse_disagreement
 from student_train.student import TERMS, AlignedStudent
 from student_train.watch import Watch
+from tests.processes import context, run_two, start
 from tests.student_train.support import (
     SPEC,
     STUDENT,
@@ -40,14 +46,15 @@ from tests.student_train.support import (
     command_line,
     environment,
     exported,
-    kill_when,
     log_lines,
     loss_lines,
     num_lines,
     recipe,
     run_process,
+    said,
     signal_when,
     train,
+    train_in_process,
     training_set,
     write_recipe,
 )
@@ -58,12 +65,6 @@ RUN: dict[str, Any] = {
     "global_batch": 4, "micro_batch": 2, "epochs": 2, "log_every": 2, "save_every": 3,
     "eval_every": 5, "eval_samples": 4, "max_new_tokens": 2,
 }  # fmt: skip
-
-
-TORCHRUN = [
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
-]  # fmt: skip
-"Two processes."
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,10 @@ def undisturbed(
 ) -> Path:
     """A finished run, by a process of its own."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    stdout = run_process(process(out, tars, orphan_cache))
-    assert json.loads(stdout)["steps"] == 12
+    assert (
+        train_in_process(run_arguments(out, tars, orphan_cache), out.with_name("log"))["steps"]
+        == 12
+    )
     return out
 
 
@@ -96,12 +99,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def process(out: Path, tars: list[Path], cache: Path | None, *options: str) -> list[str]:
-    """The command of the run."""
+def run_arguments(out: Path, tars: list[Path], cache: Path | None, *more: str) -> list[str]:
+    """What stands behind `train-student` for the run."""
     file = write_recipe(out.with_suffix(".yaml"), **RUN)
-    return command_line(
-        *arguments(out, tars, cache, file, "--eval-data", tars[1], "--json", *options)
-    )
+    return arguments(out, tars, cache, file, "--eval-data", tars[1], "--json", *more)
 
 
 def resume(out: Path, tars: list[Path], cache: Path) -> None:
@@ -364,14 +365,15 @@ def test_a_run_killed_at_three_random_points_ends_as_if_it_had_not_been(
         lambda: any(partials.glob("*.partial")),  # while a checkpoint is being written
         lambda: num_lines(out) >= max(lines) + 1,
     ]
-    command = process(out, tars, orphan_cache)
+    given, log = run_arguments(out, tars, orphan_cache), tmp_path / "log"
 
     for due in points:
         # Resuming cuts the log, so that only what this process adds can be due.
-        assert kill_when(command, due), "it ended before it could be killed"
-        command = process(out, tars, orphan_cache, "--resume")
+        code = signal_when(given, due, signal.SIGKILL, log)
+        assert code == -signal.SIGKILL, "it ended before it could be killed"
+        given = run_arguments(out, tars, orphan_cache, "--resume")
     assert not (out / "export").exists()
-    run_process(command)
+    train_in_process(given, log)
 
     assert_same_run(out, undisturbed)
 
@@ -381,16 +383,16 @@ def test_sigterm_stops_a_run_after_the_step_in_work_and_resuming_ends_as_if_it_h
     undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
 ) -> None:
     """Its worker processes get the signal too, as from a scheduler that stops a job."""
-    out = tmp_path / "run"
+    out, log = tmp_path / "run", tmp_path / "log"
+    given = run_arguments(out, tars, orphan_cache, "--set", "workers=2")
 
-    command = process(out, tars, orphan_cache, "--set", "workers=2")
-    code, stdout = signal_when(command, lambda: num_lines(out) >= 1, signal.SIGTERM)
+    code = signal_when(given, lambda: num_lines(out) >= 1, signal.SIGTERM, log)
 
     assert code == 0
     (last,) = RunFolder(out).checkpoints()[-1:]
     step = int(last.name.removeprefix("step-"))
     assert 2 <= step < 12
-    assert json.loads(stdout) == {"stopped": True, "steps": step}
+    assert said(log) == {"stopped": True, "steps": step}
     assert not (out / "export").exists()
     resume(out, tars, orphan_cache)
     assert_same_run(out, undisturbed)
@@ -604,19 +606,21 @@ def test_two_runs_do_not_train_into_one_folder(
     undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
-    code = (
-        "import sys; from pathlib import Path; from student_train.runs import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).claimed(): print('claimed', flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"claimed\n"
-        result = train(out, tars, orphan_cache, "--eval-data", tars[1], "--resume", **RUN)
-        other.communicate(b"\n")
+    claimed = context().Event()
+    other = start(claim, out, claimed, log=tmp_path / "log")
+    assert claimed.wait(60)
+
+    result = train(out, tars, orphan_cache, "--eval-data", tars[1], "--resume", **RUN)
+
+    other.kill()
 
     assert f"{out}: another process trains into it" in error_line(result)
+
+
+def claim(out: Path, claimed: Event) -> None:
+    with RunFolder(out).claimed():
+        claimed.set()
+        signal.pause()
 
 
 def test_a_held_out_loss_that_is_not_finite_exports_nothing(
@@ -705,11 +709,11 @@ def test_two_processes_make_one_run(
     undisturbed: Path, tars: list[Path], orphan_cache: Path, tmp_path: Path
 ) -> None:
     """Both look at the folder before one writes; one log, one export, and near the same weights."""
-    out = tmp_path / "run"
-    single = process(out, tars, orphan_cache)
-    script = tmp_path / "train.py"
-    script.write_text(single[2])
-    stdout = run_process([*TORCHRUN, str(script), *single[3:]])
+    out, script = tmp_path / "run", tmp_path / "train.py"
+    _, _, code, *given = command_line(*run_arguments(out, tars, orphan_cache))
+    script.write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    stdout = run_process([*torchrun, "--nproc_per_node", "2", str(script), *given])
 
     assert json.loads(stdout)["steps"] == 12
     for ours, theirs in zip(loss_lines(out), loss_lines(undisturbed), strict=True):
@@ -720,54 +724,49 @@ def test_all_processes_of_a_run_stop_after_one_step_if_one_is_asked(
     tars: list[Path], orphan_cache: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    single = process(out, tars, orphan_cache)
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import os, pathlib, signal, threading, time
-def ask():
-    log = pathlib.Path({str(out / "log.jsonl")!r})
-    while not (log.is_file() and log.read_bytes()):  # a line: both processes are at work
-        time.sleep(0.002)
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what a scheduler sent to all
-if os.environ["RANK"] == "1":
-    threading.Thread(target=ask, daemon=True).start()
-{single[2]}
-"""
-    )
-    stopped = json.loads(run_process([*TORCHRUN, str(script), *single[3:]]))
+    given = run_arguments(out, tars, orphan_cache)
+    log = run_two(train_and_ask_one, out, given, folder=tmp_path)
 
     last = RunFolder(out).checkpoints()[-1]
-    assert stopped == {"stopped": True, "steps": int(last.name.removeprefix("step-"))}
+    assert said(log) == {"stopped": True, "steps": int(last.name.removeprefix("step-"))}
     assert (last / "random_states_1.pkl").is_file()
+
+
+def train_and_ask_one(out: Path, given: list[str]) -> None:
+    def ask() -> None:
+        while not num_lines(out):  # a line: both processes are at work
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what a scheduler sent to all
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=ask, daemon=True).start()
+    train_student(given)
 
 
 def test_all_processes_stop_in_the_last_evaluation_if_one_is_asked_there(
     tars: list[Path], tmp_path: Path
 ) -> None:
     """One is at work, the other waits for its scores and can hear no signal meanwhile."""
-    single = process(tmp_path / "run", tars, None)
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import os, signal, time
-from student_train.evaluate import HeldOutSet
-score, calls = HeldOutSet.score, []
-def slow(*given, **options):
-    calls.append(0)
-    if os.environ["RANK"] == "1" and len(calls) == 3:  # after those of steps 5 and 10
-        time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-    return score(*given, **options)
-HeldOutSet.score = slow
-{single[2]}
-"""
-    )
-    stopped = json.loads(run_process([*TORCHRUN, str(script), *single[3:]]))
+    given = run_arguments(tmp_path / "run", tars, None)
+    log = run_two(train_and_ask_one_in_its_last_evaluation, given, folder=tmp_path)
 
-    assert stopped == {"stopped": True, "steps": 12}
+    assert said(log) == {"stopped": True, "steps": 12}
     assert not (tmp_path / "run" / "export").exists()
+
+
+def train_and_ask_one_in_its_last_evaluation(given: list[str]) -> None:
+    score, calls = HeldOutSet.score, itertools.count(1)
+
+    def slow(*given: Any, **options: Any) -> Scores:
+        if os.environ["RANK"] == "1" and next(calls) == 3:  # after those of steps 5 and 10
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOutSet, "score", slow)
+        train_student(given)
 
 
 # -- from stage to stage -------------------------------------------------------------------------

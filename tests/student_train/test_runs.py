@@ -83,10 +83,8 @@ def undisturbed(
 ) -> Path:
     """A finished run, by a process of its own."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert (
-        train_in_process(run_arguments(out, tars, orphan_cache), out.with_name("log"))["steps"]
-        == 12
-    )
+    result = train_in_process(run_arguments(out, tars, orphan_cache), out.with_name("log"))
+    assert result["steps"] == 12
     return out
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from msgspec.structs import asdict
-from zarr.codecs import Crc32cCodec, ShardingCodecIndexLocation, ZstdCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from shared.durable import make_folder, put, sync_folder
 from shared.errors import CacheError
@@ -107,13 +107,15 @@ def put_array(
     rows = max(1, min(len(values), chunk_bytes // row_bytes))
     chunks = (rows, *values.shape[1:])
     whole = (max(1, -(-len(values) // rows)) * rows, *values.shape[1:])
+    # The index in front: servers without suffix ranges can be read. Any: the types of zarr 3.1 ask
+    # for a member of an enum, which later ones deprecate.
+    shards: Any = {"shape": whole, "index_location": "start"}
     array = group.create_array(
         name,
         shape=values.shape,
         dtype=values.dtype,
         chunks=chunks,
-        # The index in front: servers without suffix ranges can be read.
-        shards={"shape": whole, "index_location": ShardingCodecIndexLocation.start},
+        shards=shards,
         compressors=[ZstdCodec(level=zstd_level), Crc32cCodec()],
         dimension_names=axes,
         fill_value=0,

@@ -1,7 +1,7 @@
 """The Llama tokenizer of published MobileVLM folders, and what makes two of them the same."""
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from shared.errors import CheckpointError
 from shared.readable import check_readable, is_file
@@ -19,8 +19,9 @@ PROBES = (
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that this project uses."""
 
-    bos_token_id: int
-    eos_token_id: int
+    if TYPE_CHECKING:  # made by `__getattr__`: from Python 3.12 on a check at run time misses them
+        bos_token_id: int
+        eos_token_id: int
     all_special_tokens: list[str]
     backend_tokenizer: Any
 

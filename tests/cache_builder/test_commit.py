@@ -3,16 +3,19 @@
 Their full output is in docs/commit.md.
 """
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import concurrent_builds, kill_build
-from shared.errors import MismatchError
-from shared.record import FORMAT, TarFacts
+from shared.errors import CacheError, MismatchError
+from shared.record import FORMAT, ShardRecord, TarFacts
 from shared.spec import CacheSpec
 from shared.store import new_shard
 from tests.student_train.support import environment
@@ -43,8 +46,8 @@ def test_faults_at_file_operations_leave_no_half_shard() -> None:
     assert done.stdout.splitlines()[-1] == "bad outcomes: 0", done.stdout + done.stderr[-2000:]
 
 
-def facts(dtype: str = "float32") -> dict[str, object]:
-    tar = TarFacts(name="t.tar", size=1, sha256="0" * 64, index_sha256="1" * 64)
+def facts(dtype: str = "float32", tar_sha256: str = "0" * 64) -> dict[str, object]:
+    tar = TarFacts(name="t.tar", size=1, sha256=tar_sha256, index_sha256="1" * 64)
     identity = {
         "spec": CacheSpec.from_dict(FULL).to_dict(),
         "teacher": {
@@ -96,3 +99,77 @@ def test_a_shard_of_something_else_is_not_replaced(tmp_path: Path) -> None:
         pass
 
     assert '"dtype":"a"' in (tmp_path / "records" / "t.json").read_text()
+
+
+def test_a_shard_of_another_tar_of_that_name_is_not_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MismatchError, match=r"shard t: tar does not fit: sha256: '222"),
+        new_shard(tmp_path, "t", **facts()),
+        new_shard(tmp_path, "t", **facts(tar_sha256="2" * 64)),
+    ):
+        pass
+
+    assert ShardRecord.load(tmp_path, "t").tar.sha256 == "2" * 64
+
+
+def test_a_record_is_in_place_after_all_that_it_names_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "cache"
+    before: list[tuple[Path, set[Path]]] = []
+    push = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not (root / "records" / "t.json").exists():
+            before.append((path, set(path.iterdir()) if path.is_dir() else set()))
+        push(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with new_shard(root, "t", **facts()) as writer:
+        writer.put("x", np.arange(3), ("sample",))
+
+    (data,) = (root / "data").iterdir()
+    assert len([path for path in data.rglob("*") if path.is_file()]) > 2
+    for path in (data, *data.rglob("*")):
+        there = set(path.iterdir()) if path.is_dir() else set()
+        assert (path, there) in before
+        assert any(folder == path.parent and path in names for folder, names in before)
+    assert any(path == root and root / "data" in names for path, names in before)
+    assert any(path == tmp_path and root in names for path, names in before)
+
+
+def test_folders_that_a_killed_build_left_are_on_the_disk_before_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("data", "records"):
+        (tmp_path / name).mkdir()
+    pushed: list[Path] = []
+
+    def fsync(descriptor: int) -> None:
+        if not (tmp_path / "records" / "t.json").exists():
+            pushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with new_shard(tmp_path, "t", **facts()):
+        pass
+
+    assert tmp_path in pushed
+
+
+def test_what_a_record_names_stays_also_if_its_name_is_not_known_to_be_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_descriptor: int) -> None:
+        if (tmp_path / "records" / "t.json").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (
+        pytest.raises(CacheError, match="shard t cannot be written"),
+        new_shard(tmp_path, "t", **facts()) as writer,
+    ):
+        writer.put("x", np.arange(3), ("sample",))
+
+    found = ShardRecord.load(tmp_path, "t")
+    assert {f"{found.data}/{name}" for name in found.files} == files(tmp_path) - {"records/t.json"}

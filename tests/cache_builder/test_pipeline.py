@@ -5,6 +5,7 @@ import itertools
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,23 @@ def test_results_come_in_order_and_never_more_than_depth_are_waiting() -> None:
             assert next(found) == number * number
             assert len(done) <= number + 1 + 3
         assert list(found) == []
+
+
+def test_just_as_many_items_are_taken_as_may_be_waiting() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(9):
+            taken.append(number)
+            yield number
+
+    with ThreadPoolExecutor(2) as pool:
+        found = Ahead(lambda number: number, items(), pool, depth=3)
+        counts = [len(taken)]
+        for _ in found:
+            counts.append(len(taken))
+
+    assert counts == [3, 4, 5, 6, 7, 8, 9, 9, 9, 9]
 
 
 def test_an_exception_comes_where_its_result_would_have_come() -> None:

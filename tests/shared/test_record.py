@@ -328,6 +328,35 @@ def test_a_plan_is_named_by_its_digest_and_every_flip_is_found(tmp_path: Path) -
             read_plan(tmp_path, file)
 
 
+@pytest.mark.parametrize("name", ["a/../../x", "a\n", "../a", ""])
+def test_a_plan_with_a_name_that_no_shard_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    file, content = plan_file([name])
+    (tmp_path / "plans").mkdir()
+    (tmp_path / file).write_bytes(content)
+
+    with pytest.raises(DamagedError, match=r"not a plan \(a name in it is no shard's"):
+        read_plan(tmp_path, file)
+
+
+def test_a_plan_of_many_lists_is_refused_before_they_are_made(tmp_path: Path) -> None:
+    (tmp_path / "plans").mkdir()
+    file = "plans/0123456789abcdef.json"
+    (tmp_path / file).write_text('{"shards":[' + "[]," * 200_000 + "[]]}")
+
+    with pytest.raises(DamagedError, match="200003 lists and objects, at most 200000"):
+        read_plan(tmp_path, file)
+
+
+@pytest.mark.parametrize("name", ["0123456789abcdef.json.old", "0123456789abcdef.json\n"])
+def test_what_lies_beside_the_plans_is_passed_over(tmp_path: Path, name: str) -> None:
+    file, _ = plan_file(["a"])
+    (tmp_path / "plans").mkdir()
+    for path in (file, f"plans/{name}"):
+        (tmp_path / path).touch()
+
+    assert plan_files(tmp_path) == [file]
+
+
 def test_a_folder_without_records_holds_none(tmp_path: Path) -> None:
     assert read_records(tmp_path) == {}
 
@@ -379,3 +408,12 @@ def test_a_mismatch_names_three_places_and_counts_the_others() -> None:
         "x does not fit: a.b: 1 there, 5 here; a.c: 2 there, 6 here; d: 3 there, 7 here "
         "(and 1 more). Do this."
     )
+
+
+def test_what_differs_and_is_accepted_is_given_with_both_sides() -> None:
+    one = {"a": {"b": 1, "c": {"d": 2}}, "ab": 3}
+    other = {"a": {"b": 5, "c": {"d": 6}}, "ab": 3}
+
+    assert compare("x", one, other, "", accept=("a",)) == {"a.b": (1, 5), "a.c.d": (2, 6)}
+    with pytest.raises(MismatchError, match=r"fit: ab: 3 there, 4 here\. "):
+        compare("x", one, other | {"ab": 4}, "", accept=("a",))

@@ -109,6 +109,19 @@ def test_one_tar_named_in_two_ways_is_one_tar(tmp_path: Path) -> None:
     assert len(expand_tars([f"{tmp_path}/t.tar", f"{tmp_path}/./t.tar"])) == 1
 
 
+def test_tars_keep_the_order_in_which_they_were_named(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / folder / name) for folder, name in ("zb", "ac", "za")]
+
+    assert expand_tars([str(tar) for tar in tars]) == tars
+
+
+def test_a_pattern_below_a_file_matches_no_tar(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar")
+
+    with pytest.raises(InputError, match=r"t\.tar/\*\.tar: matches no tar"):
+        expand_tars([f"{tar}/*.tar"])
+
+
 # Tars of strangers
 
 

@@ -90,6 +90,16 @@ def test_a_shard_that_another_build_committed_meanwhile_is_taken(tmp_path: Path)
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 
+def test_of_two_equal_shards_the_one_that_the_record_names_keeps_its_data(tmp_path: Path) -> None:
+    with new_shard(tmp_path, "t", **facts()) as slow:
+        slow.put("x", np.arange(3), ("sample",))
+        with new_shard(tmp_path, "t", **facts()) as fast:
+            fast.put("x", np.arange(3), ("sample",))
+
+    found = ShardRecord.load(tmp_path, "t")
+    assert {f"{found.data}/{name}" for name in found.files} == files(tmp_path) - {"records/t.json"}
+
+
 def test_a_shard_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     with (
         pytest.raises(MismatchError, match=r"numerics\.dtype: 'a' there, 'b' here"),

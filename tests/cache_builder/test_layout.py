@@ -9,6 +9,7 @@ import pytest
 import zarr
 
 from shared.cache import Cache, open_cache
+from shared.store import put_array
 from tests.support import FULL, annotation, build, png, record, sample, text_sample, write_tar
 
 TOP_8 = {**FULL, "logprobs": {"top_k": 8, "encoding": "float16"}}
@@ -53,6 +54,27 @@ def group(out: Path) -> zarr.Group:
     """The data, opened by plain zarr-python from what the record says."""
     values = json.loads((out / "records" / "t.json").read_text())
     return zarr.open_group(str(out / values["data"]), mode="r")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "rows"),
+    [
+        ("attention_0", (32, 108), 18),  # 62 kB
+        ("attention_0__scale", (32,), 512),  # 16 kB
+        ("vision_tokens", (144, 3072), 1),
+        ("vision_tokens__low", (4096,), 4),
+        ("input_ids", (), 16384),
+    ],
+)
+def test_a_chunk_is_of_64_kib_or_beside_a_signal_of_16(
+    tmp_path: Path, name: str, row: tuple[int, ...], rows: int
+) -> None:
+    group = zarr.open_group(str(tmp_path), mode="w", zarr_format=3)
+
+    put_array(group, name, np.zeros((2 * rows, *row), np.uint8), ("a", "b", "c")[: 1 + len(row)])
+
+    (array,) = (array for _, array in group.arrays())
+    assert array.chunks == (rows, *row)
 
 
 def metadata(out: Path, name: str) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def test_what_a_writer_writes_agrees() -> None:
         (put("input_ids", 2, [50]), 2, "1 ids outside the vocabulary"),
         (put("labels", 0, [IGNORE, IGNORE, 8, 10**6]), 0, "1 labels outside the vocabulary"),
         (put("labels", 1, [IGNORE, IMAGE, 1, 1, 2]), 1, "1 labels outside the vocabulary"),
+        (put("labels", 1, [IGNORE, IGNORE, IGNORE, 50, 2]), 1, "1 labels outside the vocabulary"),
         (put("lengths", 1, 149), 1, "148 tokens with its image, expected 149"),
         (put("lengths", 2, 2), 2, "1 tokens with its image, expected 2"),
         (put("response_rows", 0, 1), 0, "1 response rows, expected 2"),

@@ -1,5 +1,6 @@
 """Settings and fixtures for all tests: one thread, repeatable properties, one real cache."""
 
+import os
 from pathlib import Path
 
 # Before the hook below: what a module that it instruments is the first to import is compiled anew.
@@ -28,7 +29,7 @@ install_import_hook(_WITH_SHAPES, "beartype.beartype")
 from cache_builder.pack import pack
 from shared.cache import Cache, open_cache
 from shared.tokenizer import Tokenizer, load_tokenizer
-from tests.support import FULL, REFERENCE, TEACHER, build
+from tests.support import FULL, REFERENCE, TEACHER, Push, build
 
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for one another
 
@@ -63,3 +64,18 @@ def cache_path(packed_tars: list[Path], tmp_path_factory: pytest.TempPathFactory
 def cache(cache_path: Path) -> Cache:
     """The opened cache."""
     return open_cache(cache_path)
+
+
+@pytest.fixture
+def pushes(monkeypatch: pytest.MonkeyPatch) -> list[Push]:
+    """What was pushed to the disk, and the names in it, or in its folder, then."""
+    found: list[Push] = []
+    push = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        found.append((path, set(os.listdir(path if path.is_dir() else path.parent))))
+        push(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return found

@@ -44,6 +44,8 @@ ALIGN_ONLY = {
 FULL = {**ALIGN_ONLY, "logprobs": LOGPROBS}
 
 Member = tuple[str, bytes]
+Push = tuple[Path, set[str]]
+"A file or folder that was pushed to the disk, and the names in it, or in its folder, then."
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (20, 30), mode: str = "RGB") -> Image.Image:
@@ -186,6 +188,17 @@ def full_disk(most: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def failing_fsync(error: BaseException, after: int = 0) -> Callable[[int], None]:
+    """A stand-in for os.fsync that does nothing, and fails from its call number `after` on."""
+    calls = iter(range(10**6))
+
+    def fsync(_descriptor: int) -> None:
+        if next(calls) >= after:
+            raise error
+
+    return fsync
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from shared.record import FORMAT, ShardRecord, TarFacts
 from shared.spec import CacheSpec
 from shared.store import new_shard
 from tests.student_train.support import environment
-from tests.support import FULL, invoke
+from tests.support import FULL, Push, invoke
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,49 +122,42 @@ def test_a_shard_of_another_tar_of_that_name_is_not_replaced(tmp_path: Path) -> 
     assert ShardRecord.load(tmp_path, "t").tar.sha256 == "2" * 64
 
 
+def before_its_record(pushes: list[Push], root: Path) -> list[Push]:
+    """What was pushed to the disk while the record had no name; its name alone was afterwards."""
+    *before, (folder, names) = pushes
+    assert (folder, names) == (root / "records", {"t.json"})
+    assert not any("t.json" in there for _, there in before)
+    return before
+
+
 def test_a_record_is_in_place_after_all_that_it_names_is_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pushes: list[Push]
 ) -> None:
     root = tmp_path / "cache"
-    before: list[tuple[Path, set[Path]]] = []
-    push = os.fsync
 
-    def fsync(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if not (root / "records" / "t.json").exists():
-            before.append((path, set(path.iterdir()) if path.is_dir() else set()))
-        push(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
     with new_shard(root, "t", **facts()) as writer:
         writer.put("x", np.arange(3), ("sample",))
 
+    before = before_its_record(pushes, root)
     (data,) = (root / "data").iterdir()
     assert len([path for path in data.rglob("*") if path.is_file()]) > 2
     for path in (data, *data.rglob("*")):
-        there = set(path.iterdir()) if path.is_dir() else set()
-        assert (path, there) in before
-        assert any(folder == path.parent and path in names for folder, names in before)
-    assert any(path == root and root / "data" in names for path, names in before)
-    assert any(path == tmp_path and root in names for path, names in before)
+        assert (path, set(os.listdir(path if path.is_dir() else path.parent))) in before
+        assert any(folder == path.parent and path.name in names for folder, names in before)
+    assert any(path == root and "data" in names for path, names in before)
+    assert any(path == tmp_path and "cache" in names for path, names in before)
 
 
 def test_folders_that_a_killed_build_left_are_on_the_disk_before_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pushes: list[Push]
 ) -> None:
     for name in ("data", "records"):
         (tmp_path / name).mkdir()
-    pushed: list[Path] = []
 
-    def fsync(descriptor: int) -> None:
-        if not (tmp_path / "records" / "t.json").exists():
-            pushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-
-    monkeypatch.setattr(os, "fsync", fsync)
     with new_shard(tmp_path, "t", **facts()):
         pass
 
-    assert tmp_path in pushed
+    assert tmp_path in {path for path, _ in before_its_record(pushes, tmp_path)}
 
 
 def test_what_a_record_names_stays_also_if_its_name_is_not_known_to_be_on_the_disk(

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,12 @@ from shared.errors import CacheError, MismatchError
 from tests.support import (
     ALIGN_ONLY,
     FULL,
+    Push,
     build,
     builder,
     command,
     error_line,
+    failing_fsync,
     png,
     record,
     sample,
@@ -133,40 +134,17 @@ class Crash(Exception):
     """Not one of ours: the process dies here."""
 
 
-def failing(error: BaseException, after: int) -> Callable[..., None]:
-    """A stand-in for os.fsync that fails on its call number `after`."""
-    calls = iter(range(10**6))
-
-    def fsync(_descriptor: int) -> None:
-        if next(calls) >= after:
-            raise error
-
-    return fsync
-
-
-def fsyncs_of_one_shard(tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    count = 0
-
-    def fsync(_descriptor: int) -> None:
-        nonlocal count
-        count += 1
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        build(tmp_path / "counted", tar, ALIGN_ONLY)
-    return count
-
-
 def test_a_crash_at_a_push_to_the_disk_leaves_a_cache_that_can_be_continued(
-    tmp_path: Path, tars: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tars: list[Path], pushes: list[Push], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    total = fsyncs_of_one_shard(tmp_path, tars[0], monkeypatch)
+    build(tmp_path / "counted", tars[0], ALIGN_ONLY)
+    total = len(pushes)
     assert total > 10
     # The last one comes after the record is in place: the shard is there, then.
     for after in (0, 1, total // 2, total - 3, total - 2):
         out = tmp_path / f"cache-{after}"
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", failing(Crash(), after))
+            patch.setattr(os, "fsync", failing_fsync(Crash(), after))
             with pytest.raises(Crash):
                 build(out, tars[0], ALIGN_ONLY)
         assert not list(out.glob("records/*.json")), after
@@ -181,7 +159,7 @@ def test_a_full_disk_is_one_clear_line_and_the_run_can_be_repeated(
 ) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", failing(full, 8))
+        patch.setattr(os, "fsync", failing_fsync(full, 8))
         line = error_line(command(tmp_path / "cache", tars, ALIGN_ONLY))
 
     assert "shard t-0 cannot be written (No space left on device)" in line

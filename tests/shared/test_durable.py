@@ -8,33 +8,7 @@ import pytest
 
 from shared.durable import make_folder, put, put_file, sync_folder, sync_tree
 from shared.errors import CacheError
-from tests.support import full_disk
-
-Push = tuple[Path, set[str]]
-
-
-@pytest.fixture
-def pushes(monkeypatch: pytest.MonkeyPatch) -> list[Push]:
-    """What was pushed to the disk, and the names in it, or in its folder, then."""
-    found: list[Push] = []
-    push = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        found.append((path, set(os.listdir(path if path.is_dir() else path.parent))))
-        push(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    return found
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Nothing can be pushed to the disk."""
-
-    def fsync(_descriptor: int) -> None:
-        raise error
-
-    monkeypatch.setattr(os, "fsync", fsync)
+from tests.support import Push, failing_fsync, full_disk
 
 
 def test_a_small_file_is_on_the_disk_before_its_name_and_its_name_when_it_is_put(
@@ -82,7 +56,7 @@ def test_a_file_that_was_interrupted_leaves_the_old_one_and_nothing_else(
 ) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"old")
-    failing(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setattr(os, "fsync", failing_fsync(KeyboardInterrupt()))
 
     with pytest.raises(KeyboardInterrupt):
         put(path, b"new")
@@ -95,7 +69,7 @@ def test_a_file_that_was_interrupted_leaves_the_old_one_and_nothing_else(
 def test_a_mount_that_knows_no_pushing_of_folders_does_not_stop_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    failing(monkeypatch, OSError(code, os.strerror(code)))
+    monkeypatch.setattr(os, "fsync", failing_fsync(OSError(code, os.strerror(code))))
 
     sync_folder(tmp_path)
 
@@ -103,7 +77,8 @@ def test_a_mount_that_knows_no_pushing_of_folders_does_not_stop_writing(
 def test_a_folder_that_the_disk_does_not_take_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
+    error = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(os, "fsync", failing_fsync(error))
 
     with pytest.raises(OSError, match="Input/output error"):
         sync_folder(tmp_path)

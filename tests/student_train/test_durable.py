@@ -1,28 +1,11 @@
 """A checkpoint and an export are on the disk before they have their names."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.student_train.support import train
-
-Push = tuple[Path, set[str]]
-
-
-@pytest.fixture
-def pushes(monkeypatch: pytest.MonkeyPatch) -> list[Push]:
-    """What was pushed to the disk, and the names that were in its folder, or in itself, then."""
-    found: list[Push] = []
-    push = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        found.append((path, set(os.listdir(path if path.is_dir() else path.parent))))
-        push(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    return found
+from tests.support import Push
 
 
 @pytest.mark.parametrize("name", ["checkpoints/step-00000001", "export"])
